@@ -1,0 +1,1 @@
+"""kvlode: a storage engine for the KV cache of LLM inference."""

@@ -1,0 +1,42 @@
+"""The index: which record holds a key. A protocol; RocksDB and an in-memory twin implement it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+
+class Index(Protocol):
+    """An ordered map of short byte strings with atomic batches; derived data, may be lost at any time.
+
+    Keys are ``namespace digest (16 bytes) + block key``; keys that begin with 16 zero bytes are the store's own
+    (checkpoint, drop floors). Only the commit thread mutates; any thread may read.
+    """
+
+    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Values in the order of the keys. A key that cannot be read is reported as absent and counted in ``damaged``."""
+        ...
+
+    def apply(self, puts: Sequence[tuple[bytes, bytes]], deletes: Sequence[bytes] = ()) -> None:
+        """Apply one atomic batch (at most 1,000 entries in all), deletes after puts. Raises ``IndexWriteError``; nothing was applied then."""
+        ...
+
+    def sync(self) -> None:
+        """Make every applied batch durable."""
+        ...
+
+    def scan(self, prefix: bytes = b"", start: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
+        """Entries whose key begins with ``prefix``, from ``start`` on, in order. Raises ``IndexDamaged`` instead of ending early."""
+        ...
+
+    def size_bytes(self) -> int:
+        """Bytes on disk, estimated."""
+        ...
+
+    def damaged(self) -> int:
+        """Reads that failed a check since open; above 0 the index should be rebuilt."""
+        ...
+
+    def close(self) -> None:
+        """Wait for running reads and iterators, then close. Closing twice is allowed."""
+        ...
