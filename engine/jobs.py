@@ -1,0 +1,204 @@
+"""Jobs: the handles of work in the background, and the queue that tells a poll loop that they finished."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from .contract import PutState, PutStatus, Refusal, Status
+
+ACCEPTED = PutStatus(PutState.ACCEPTED)
+DURABLE = PutStatus(PutState.DURABLE)
+EXISTS = PutStatus(PutState.EXISTS)
+_REFUSALS = {reason: PutStatus(PutState.REFUSED, reason) for reason in Refusal}
+
+
+def refused(reason: Refusal) -> PutStatus:
+    """The (shared) status of a put refused for ``reason``."""
+    return _REFUSALS[reason]
+
+
+class CompletionQueue:
+    """Finished jobs in the order they finished, with a file descriptor for ``poll``/``epoll``/``asyncio``.
+
+    Pass one to ``submit_put`` or ``submit_get``. The descriptor (a semaphore-mode eventfd) is readable while
+    ``pop`` would return a job. Thread-safe. ``close`` when no job is outstanding.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: deque[Any] = deque()
+        self._descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC | os.EFD_SEMAPHORE)
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def push(self, job: Any) -> None:
+        """Called by the store when a job is done; a no-op after ``close``."""
+        with self._lock:
+            if not self._closed:
+                self._jobs.append(job)
+                os.eventfd_write(self._descriptor, 1)
+
+    def pop(self) -> Any | None:
+        """The next finished job, or ``None`` when there is none now."""
+        with self._lock:
+            if not self._jobs:
+                return None
+            os.eventfd_read(self._descriptor)
+            return self._jobs.popleft()
+
+    def close(self) -> None:
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._jobs.clear()
+                os.close(self._descriptor)
+
+
+class _Job:
+    """What both kinds of job share: an end that is reached once, and its announcement."""
+
+    def __init__(self, queue: Any | None) -> None:
+        self._queue = queue
+        self._condition = threading.Condition()
+        self._done = False
+
+    def done(self) -> bool:
+        return self._done
+
+    def wait(self, timeout: float | None = None) -> bool:
+        with self._condition:
+            return self._condition.wait_for(lambda: self._done, timeout)
+
+    def _finish(self) -> None:
+        with self._condition:
+            if self._done:
+                return
+            self._done = True
+            self._condition.notify_all()
+        if self._queue is not None:
+            self._queue.push(self)
+
+
+class ReadJob(_Job):
+    """A ``GetJob``. The store settles one key after the other; memory of the caller is only touched inside ``delivering``.
+
+    The gate makes deadlines safe: ``abandon`` waits for the deliveries that are running and refuses all later
+    ones, so that afterwards no thread of the store can touch the destinations again.
+    """
+
+    def __init__(self, count: int, queue: Any | None = None) -> None:
+        super().__init__(queue)
+        self._statuses = [Status.PENDING] * count
+        self._verified = [False] * count
+        self._unsettled = count
+        self._delivering = 0
+        self._cancelled = False
+        self._abandoned = False
+        if count == 0:
+            self._finish()
+
+    @property
+    def statuses(self) -> Sequence[Status]:
+        return list(self._statuses)
+
+    @property
+    def verified(self) -> Sequence[bool]:
+        return list(self._verified)
+
+    @property
+    def cancelled(self) -> bool:
+        """True once nothing more should be started for this job."""
+        return self._cancelled
+
+    def settle(self, position: int, status: Status, *, verified: bool = True) -> None:
+        """Called by the store: the final status of one key. The first word counts."""
+        with self._condition:
+            if self._statuses[position] is not Status.PENDING or self._abandoned:
+                return
+            self._statuses[position] = status
+            self._verified[position] = verified and status is Status.HIT
+            self._unsettled -= 1
+            last = self._unsettled == 0
+        if last:
+            self._finish()
+
+    @contextlib.contextmanager
+    def delivering(self) -> Iterator[bool]:
+        """Called by the store around every access to a destination; yields False when it must not be touched any more."""
+        with self._condition:
+            allowed = not self._abandoned
+            if allowed:
+                self._delivering += 1
+        try:
+            yield allowed
+        finally:
+            if allowed:
+                with self._condition:
+                    self._delivering -= 1
+                    self._condition.notify_all()
+
+    def cancel(self) -> None:
+        """Stop what was not issued; returns when no I/O targets the destinations. Unread keys become ``CANCELLED``."""
+        self._cancelled = True
+        self.wait()
+
+    def abandon(self) -> None:
+        """Give up at a deadline: afterwards destinations are never touched, unfinished keys stay ``PENDING``."""
+        self._cancelled = True
+        with self._condition:
+            self._abandoned = True
+            self._condition.wait_for(lambda: self._delivering == 0)
+        self._finish()
+
+
+class WriteJob(_Job):
+    """A ``PutJob``: per key ACCEPTED, later DURABLE; done at acceptance (``copy``) or when settled (``borrow``)."""
+
+    def __init__(self, count: int, queue: Any | None = None, *, borrow: bool = False) -> None:
+        super().__init__(queue)
+        self._statuses = [ACCEPTED] * count
+        self._borrow = borrow
+        self._undecided = count
+        self._unsettled = count
+        if count == 0:
+            self._finish()
+
+    @property
+    def statuses(self) -> Sequence[PutStatus]:
+        return list(self._statuses)
+
+    def decide(self, position: int, status: PutStatus) -> None:
+        """Called by the store once a key: accepted, exists, or refused."""
+        with self._condition:
+            self._statuses[position] = status
+            self._undecided -= 1
+            last = self._undecided == 0
+            final = status.state is not PutState.ACCEPTED
+        if final:
+            self._count_settled()
+        if last and not self._borrow:
+            self._finish()
+
+    def settle(self, position: int, status: PutStatus) -> None:
+        """Called by the store when an accepted key became durable or was dropped."""
+        with self._condition:
+            self._statuses[position] = status
+        self._count_settled()
+
+    def settler(self, position: int) -> Callable[[PutStatus], None]:
+        """A callback that settles one key."""
+        return lambda status: self.settle(position, status)
+
+    def _count_settled(self) -> None:
+        with self._condition:
+            self._unsettled -= 1
+            last = self._unsettled == 0
+        if last and self._borrow:
+            self._finish()
