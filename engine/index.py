@@ -5,12 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+from ..format.errors import KvlodeError
+
+BATCH_ENTRIES_MAX = 1000
+"""Entries of one ``apply``: RocksDB's binding holds the interpreter lock for the whole batch."""
+
+
+class IndexWriteError(KvlodeError):
+    """The index refused a batch; nothing of it was applied, and the same batch may be tried again later."""
+
+
+class IndexDamaged(KvlodeError):
+    """The index cannot be read or opened. It is derived data: set it aside and rebuild it from the segments."""
+
 
 class Index(Protocol):
     """An ordered map of short byte strings with atomic batches; derived data, may be lost at any time.
 
     Keys are ``namespace digest (16 bytes) + block key``; keys that begin with 16 zero bytes are the store's own
-    (checkpoint, drop floors). Only the commit thread mutates; any thread may read.
+    (checkpoint, drop floors). Only the commit thread mutates; any thread may read. Every method but ``close`` and
+    ``damaged`` raises ``StoreClosed`` after ``close`` and in a forked child.
     """
 
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
@@ -22,11 +36,14 @@ class Index(Protocol):
         ...
 
     def sync(self) -> None:
-        """Make every applied batch durable."""
+        """Make every applied batch durable. Raises ``IndexWriteError`` when that is not certain."""
         ...
 
     def scan(self, prefix: bytes = b"", start: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
-        """Entries whose key begins with ``prefix``, from ``start`` on, in order. Raises ``IndexDamaged`` instead of ending early."""
+        """Entries whose key begins with ``prefix``, from ``start`` on, in order. Raises ``IndexDamaged`` instead of ending early.
+
+        The entries are those of one moment: batches applied during the scan are not seen.
+        """
         ...
 
     def size_bytes(self) -> int:
