@@ -72,7 +72,7 @@ class DeviceFile(Protocol):
     path: str
 
     def read(self, offset: int, buffers: Sequence[IoBuffer]) -> Future[int]:
-        """Fill ``buffers`` one after the other from ``offset``; the future is the number of bytes read (short only at the end of the file)."""
+        """Fill ``buffers`` one after the other from ``offset``; the future is the number of bytes read (short only at the file's end)."""
         ...
 
     def write(self, offset: int, buffers: Sequence[IoBuffer]) -> Future[int]:
@@ -132,7 +132,7 @@ class Device(Protocol):
         ...
 
     def make_folder(self, path: str) -> None:
-        """Create a folder and its parents; an existing one is fine."""
+        """Create a folder and its missing parents, durably (no ``sync_folder`` needed); an existing one is fine."""
         ...
 
     def remove(self, path: str) -> None:

@@ -1,0 +1,163 @@
+"""A pool of own daemon threads: futures without the exit and fork hooks of ``ThreadPoolExecutor``.
+
+``ThreadPoolExecutor`` refuses work once the interpreter has begun to exit, which is exactly when a store
+writes its last blocks, and it joins its threads without a deadline. This pool takes work until it is shut
+down, stops within a deadline, and is dead (and says so) in a forked child.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
+
+from ..format.errors import StoreClosed
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+EXIT_TIMEOUT_S = 2.0
+"""How long the exit of the interpreter waits for a pool that nobody shut down."""
+
+
+class _Task(Generic[T]):
+    """One call and its future."""
+
+    __slots__ = ("function", "args", "kwargs", "future")
+
+    def __init__(self, function: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.function = function
+        self.args = args
+        self.kwargs = kwargs
+        self.future: Future[T] = Future()
+
+    def run(self) -> None:
+        future = self.future
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            result = self.function(*self.args, **self.kwargs)
+        except BaseException as error:  # the caller decides what an error means, whatever it is
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+        finally:
+            # The exception's traceback refers to this frame: drop the arguments (buffers) and the cycle through the future.
+            del self.function, self.args, self.kwargs, future
+
+
+_Tasks: TypeAlias = "queue.SimpleQueue[_Task[Any] | None]"
+
+
+def _work(tasks: _Tasks) -> None:
+    """Body of a thread. It knows the queue only, so that a forgotten pool can be collected."""
+    while (task := tasks.get()) is not None:
+        task.run()
+        del task
+
+
+def _stop(tasks: _Tasks, threads: int) -> None:
+    for _ in range(threads):
+        tasks.put(None)
+
+
+class WorkerPool:
+    """``threads`` daemon threads that run submitted calls in order of submission.
+
+    All methods may be called from any thread. A future that has not started can be cancelled; every future
+    ends (result, exception or cancelled), also when the pool is shut down under it.
+    """
+
+    def __init__(self, name: str, threads: int) -> None:
+        if threads < 1:
+            raise ValueError(f"a pool needs at least one thread, not {threads}")
+        self.name = name
+        self.threads = threads
+        self._tasks: _Tasks = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._pid = os.getpid()
+        self._workers = [
+            threading.Thread(target=_work, args=(self._tasks,), name=f"{name}-{number}", daemon=True) for number in range(threads)
+        ]
+        for worker in self._workers:
+            worker.start()
+        self._stop_when_collected = weakref.finalize(self, _stop, self._tasks, threads)
+        _pools.add(self)
+
+    def submit(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Run ``function(*args, **kwargs)`` on a thread. Raises ``StoreClosed`` after ``shutdown`` and in a forked child."""
+        task = _Task(function, args, kwargs)
+        future = task.future
+        with self._lock:  # not after the stop marks of shutdown: it would never run
+            if self._closed:
+                raise StoreClosed(
+                    f"the threads of {self.name} are stopped",
+                    expected="an open pool, in the process that made it",
+                    actual="a forked child" if os.getpid() != self._pid else "a pool that was shut down",
+                )
+            self._tasks.put(task)
+        return future
+
+    def shutdown(self, timeout_s: float | None = None) -> bool:
+        """Refuse new work, finish what was submitted, stop the threads; ``True`` when they ended in time.
+
+        What has not started at the deadline is cancelled. What is still running then cannot be stopped: its
+        thread is left behind and its future ends when the call returns.
+        """
+        if os.getpid() != self._pid:
+            return True  # the threads are the parent's
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._stop_when_collected()
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        current = threading.current_thread()
+        for worker in self._workers:
+            if worker is not current:
+                worker.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        if not any(worker.is_alive() for worker in self._workers if worker is not current):
+            return True
+        self._cancel_queued()
+        return False
+
+    def _cancel_queued(self) -> None:
+        stop_marks = 0
+        with contextlib.suppress(queue.Empty):
+            while True:
+                task = self._tasks.get_nowait()
+                if task is None:
+                    stop_marks += 1
+                else:
+                    task.future.cancel()
+        _stop(self._tasks, stop_marks)
+
+    def _forget_after_fork(self) -> None:
+        self._lock = threading.Lock()  # another thread of the parent may have held it
+        self._closed = True
+        self._stop_when_collected.detach()
+
+
+_pools: weakref.WeakSet[WorkerPool] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for pool in list(_pools):
+        pool._forget_after_fork()
+
+
+def _at_exit() -> None:
+    deadline = time.monotonic() + EXIT_TIMEOUT_S
+    for pool in list(_pools):
+        pool.shutdown(max(0.0, deadline - time.monotonic()))
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+atexit.register(_at_exit)
