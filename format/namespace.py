@@ -120,7 +120,9 @@ class Namespace:
         except (InvalidConfig, TypeError) as error:
             raise CorruptRecord("namespace-fields", where=where, expected="a valid descriptor", actual=str(error)[:200]) from None
         if namespace.canonical_json() != data:
-            raise CorruptRecord("namespace-canonical", where=where, expected="canonical JSON", actual="another spelling of the same descriptor")
+            raise CorruptRecord(
+                "namespace-canonical", where=where, expected="canonical JSON", actual="another spelling of the same descriptor"
+            )
         return namespace
 
 

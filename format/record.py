@@ -1,0 +1,386 @@
+"""The header page of a record: what it holds, where it lies, how its payload is stored, and the checks that bind these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from .bytetable import ByteTable, Field, PageTable, magic
+from .checksum import Buffer, xxh3_64
+from .errors import CorruptRecord, UnsupportedFormat
+from .layout import (
+    BLOCK_BYTES_MAX,
+    EPOCH_MAX,
+    KEY_BYTES_MAX,
+    META_BYTES_MAX,
+    NAMESPACE_BYTES_MAX,
+    PAGE_BYTES,
+    SEGMENT_BYTES_MAX,
+    STRIPE_ALIGNMENT_BYTES,
+    STRIPES_MAX,
+    ZERO_DIGEST,
+    ChecksumId,
+    Codec,
+    RecordType,
+    page_count,
+)
+
+FLAG_SKIPPABLE = 1
+"""A reader that does not know the record's type may skip the record."""
+PLANE_FIRST_ZSTD = 1
+PLANE_REST_ZSTD = 2
+ELEMENT_SIZES = (1, 2, 4, 8)
+
+RECORD_TABLE = PageTable(
+    title="record header",
+    size_bytes=PAGE_BYTES,
+    magic=magic("R"),
+    checksum_name="header_checksum",
+    fields=(
+        Field(0, "u8[8]", "magic", "`89 4B 56 52 0D 0A 1A 0A`", "fixed"),
+        Field(8, "u16", "version", "format version of this structure", "1"),
+        Field(10, "u16", "header_bytes", "length of this structure; the payload follows", "4096"),
+        Field(12, "u32", "record_pages", "pages of the whole record, this one included", "1 + pages of stored_length (+ 1 for a seal)"),
+        Field(16, "u8", "type", "1 block, 2 tombstone, 3 namespace, 4 namespace drop, 5 seal", "1 to 5; others: part 6"),
+        Field(17, "u8", "checksum_id", "1 XXH3-64; 2 is reserved for checksums computed on a device", "1"),
+        Field(18, "u8", "codec", "what the writer chose: 0 raw, 1 zstd, 2 planes+zstd", "0 to 2"),
+        Field(19, "u8", "element_size", "bytes of one element", "1, 2, 4, 8"),
+        Field(20, "u16", "flags", "bit 0: a reader that does not know the type may skip the record", "0 or 1"),
+        Field(22, "u16", "stripe_count", "entries in use in the stripe table", "0 to 128, see below"),
+        Field(24, "u8[16]", "store_uuid", "the store", "as in the superblock"),
+        Field(40, "u64", "segment_id", "the segment", "as in the segment header"),
+        Field(48, "u64", "offset", "byte offset of this page in the file", "its own; multiple of 4096, >= 4096"),
+        Field(56, "u64", "epoch", "epoch of the writer that laid the record", "1 to 2^24 - 1"),
+        Field(64, "u64", "version_seq", "sequence number given at put or delete; kept by reinsertion", "any"),
+        Field(72, "u64", "record_seq", "sequence number of this record's place in the log", "any"),
+        Field(80, "u8[16]", "namespace", "digest of the namespace descriptor", "zero in a seal"),
+        Field(96, "u8[16]", "tag", "digest of the tag; zero: none", "any"),
+        Field(112, "u8[16]", "parent", "digest of the parent block's key; zero: none", "any"),
+        Field(128, "u32", "depth", "position in the prefix chain, 0 for the first block", "any"),
+        Field(132, "u32", "stripe_bytes", "raw bytes of each stripe but the last", "0 without stripes; else multiple of 4096, <= 2^30"),
+        Field(136, "u64", "raw_length", "bytes of the payload before encoding", "see below"),
+        Field(144, "u64", "stored_length", "bytes of the payload on disk, without the padding of its last page", "see below"),
+        Field(152, "u64", "written_at_ns", "UTC, nanoseconds since 1970", "any"),
+        Field(160, "u64", "expires_at_ns", "UTC, nanoseconds since 1970; 0: never", "any"),
+        Field(168, "u64", "raw_checksum", "XXH3-64 of all raw bytes; 0 without payload", "any"),
+        Field(176, "u64", "payload_checksum", "XXH3-64 over namespace, key, and the entries in use of the stripe table", "any"),
+        Field(184, "zero[48]", "encryption", "reserved for key id, nonce and tag", "0"),
+        Field(232, "u16", "meta_length", "bytes of user metadata", "0 to 512"),
+        Field(234, "u8", "key_length", "bytes of the key", "1 to 255 for blocks and tombstones, else 0"),
+        Field(235, "zero[5]", "reserved_0", "reserved", "0"),
+        Field(240, "u64", "synced_bytes", "end of the part of this segment known durable when this header was laid", "<= offset"),
+        Field(248, "u64", "header_checksum", "XXH3-64 over bytes 0 to 247 followed by 256 to 4095", "any"),
+        Field(256, "u8[255]", "key", "the key, zero-padded", "zero after key_length"),
+        Field(511, "zero[1]", "reserved_1", "reserved", "0"),
+        Field(512, "u8[3072]", "stripes", "stripe table: 128 entries of 24 bytes", "zero after stripe_count"),
+        Field(3584, "u8[512]", "meta", "user metadata, opaque, zero-padded", "zero after meta_length"),
+    ),
+)
+
+STRIPE_TABLE = ByteTable(
+    title="stripe entry",
+    size_bytes=24,
+    fields=(
+        Field(0, "u32", "stored_length", "bytes of the stripe on disk", "see below"),
+        Field(4, "u32", "first_plane_length", "stored bytes of plane 0; 0 when the stripe is not split", "see below"),
+        Field(8, "u8", "codec", "0 raw, 1 zstd, 2 planes+zstd", "0 or the record's codec; 1 also in a planes+zstd record"),
+        Field(9, "u8", "plane_flags", "bit 0: plane 0 is a zstd frame; bit 1: the rest is a zstd frame", "1 to 3 when split, else 0"),
+        Field(10, "zero[6]", "reserved", "reserved", "0"),
+        Field(16, "u64", "checksum", "XXH3-64 of the stripe as stored", "any"),
+    ),
+)
+
+_NUMPY_KINDS = {"u8": "u1", "u16": "<u2", "u32": "<u4", "u64": "<u8"}
+STRIPE_DTYPE = np.dtype([(f.name, _NUMPY_KINDS.get(f.kind, f"S{f.size_bytes}")) for f in STRIPE_TABLE])
+"""One stripe entry. ``item()`` gives the tuple (stored_length, first_plane_length, codec, plane_flags, reserved, checksum)."""
+
+Stripes: TypeAlias = np.ndarray[Any, np.dtype[np.void]]
+NO_STRIPES: Stripes = np.zeros(0, dtype=STRIPE_DTYPE)
+NO_STRIPES.setflags(write=False)
+
+_TYPES: dict[int, RecordType] = {int(kind): kind for kind in RecordType}
+_CODECS: dict[int, Codec] = {int(codec): codec for codec in Codec}
+
+
+def stripe_offsets(stripes: Stripes) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Start of each stripe inside the payload, in bytes: one after the other, each on a multiple of 16."""
+    starts = np.zeros(len(stripes), dtype=np.int64)
+    lengths = stripes["stored_length"][:-1].astype(np.int64)
+    np.cumsum((lengths + STRIPE_ALIGNMENT_BYTES - 1) // STRIPE_ALIGNMENT_BYTES * STRIPE_ALIGNMENT_BYTES, out=starts[1:])
+    return starts
+
+
+def stripe_raw_bytes(raw_length: int, stripe_bytes: int, index: int) -> int:
+    """Raw bytes of stripe ``index``: ``stripe_bytes``, or what is left for the last one."""
+    return min(stripe_bytes, raw_length - index * stripe_bytes)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RecordHeader:
+    """The header page of a record as values; fields as in SPEC.md part 4. Immutable (do not write to ``stripes``)."""
+
+    record_type: RecordType | int
+    """An ``int`` only for an unknown type that may be skipped."""
+    store_uuid: bytes
+    segment_id: int
+    offset: int
+    epoch: int
+    version_seq: int
+    record_seq: int
+    synced_bytes: int
+    namespace: bytes
+    key: bytes = b""
+    tag: bytes = ZERO_DIGEST
+    parent: bytes = ZERO_DIGEST
+    depth: int = 0
+    element_size: int = 1
+    codec: Codec = Codec.RAW
+    flags: int = 0
+    stripe_bytes: int = 0
+    raw_length: int = 0
+    stored_length: int = 0
+    written_at_ns: int = 0
+    expires_at_ns: int = 0
+    raw_checksum: int = 0
+    meta: bytes = b""
+    stripes: Stripes = field(default_factory=lambda: NO_STRIPES)
+
+    @property
+    def payload_checksum(self) -> int:
+        """XXH3-64 over namespace, key and stripe table: what the index repeats to bind entry, header and stripes."""
+        return xxh3_64(self.namespace + self.key + self.stripes.tobytes())
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of the whole record: header page, payload rounded up to pages, and the trailer page of a seal."""
+        return PAGE_BYTES * self.record_pages
+
+    @property
+    def record_pages(self) -> int:
+        trailer_pages = 1 if self.record_type == RecordType.SEAL else 0
+        return 1 + page_count(self.stored_length) + trailer_pages
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RecordHeader):
+            return NotImplemented
+        names = [name for name in self.__slots__ if name != "stripes"]
+        return all(getattr(self, name) == getattr(other, name) for name in names) and self.stripes.tobytes() == other.stripes.tobytes()
+
+    def __hash__(self) -> int:
+        return hash((self.store_uuid, self.segment_id, self.offset, self.record_seq))
+
+    def pack_into(self, page: Buffer) -> None:
+        """Fill a writable buffer of 4096 bytes."""
+        values = {name: getattr(self, name) for name in self.__slots__}
+        values["type"] = values.pop("record_type")
+        values |= {
+            "record_pages": self.record_pages,
+            "checksum_id": ChecksumId.XXH3_64,
+            "stripe_count": len(self.stripes),
+            "stripes": self.stripes.tobytes(),
+            "payload_checksum": self.payload_checksum,
+            "meta_length": len(self.meta),
+            "key_length": len(self.key),
+        }
+        RECORD_TABLE.pack_page(page, values)
+
+    @classmethod
+    def parse(cls, page: Buffer, *, where: object = "") -> RecordHeader:
+        """The header in a page of 4096 bytes, every length bounded.
+
+        Raises ``CorruptRecord`` (``check`` names the test) and, for an intact header that this version cannot
+        interpret, ``UnsupportedFormat``.
+        """
+        values = RECORD_TABLE.unpack_page(page, where=where)
+        _check_fixed(values, where)
+        values["stripes"] = _cut_stripes(values, where)
+        values["key"] = _cut_padded(values, "key", KEY_BYTES_MAX, where)
+        values["meta"] = _cut_padded(values, "meta", META_BYTES_MAX, where)
+        kind = values["record_type"] = _TYPES.get(values["type"], values["type"])
+        values["codec"] = _CODECS[values["codec"]]
+        header = cls(*[values[name] for name in cls.__slots__])
+        if values["payload_checksum"] != header.payload_checksum:
+            raise _corrupt("payload-checksum", where, f"{header.payload_checksum:016x}", f"{values['payload_checksum']:016x}")
+        if values["record_pages"] != header.record_pages:
+            raise _corrupt("record-pages", where, header.record_pages, values["record_pages"])
+        _TYPE_CHECKS.get(kind, _check_unknown)(header, where)
+        if header.stripes.size:
+            _check_stripes(header, where)
+        return header
+
+
+def check_place(header: RecordHeader, store_uuid: bytes, segment_id: int, offset: int, *, where: object = None) -> None:
+    """Raise ``CorruptRecord`` unless the header belongs where it was read from: an image of another segment does not."""
+    if header.store_uuid != store_uuid:
+        raise _corrupt("store-uuid", where, store_uuid.hex(), header.store_uuid.hex())
+    if header.segment_id != segment_id:
+        raise _corrupt("segment-id", where, segment_id, header.segment_id)
+    if header.offset != offset:
+        raise _corrupt("own-offset", where, offset, header.offset)
+
+
+def _corrupt(check: str, where: object, expected: object, actual: object) -> CorruptRecord:
+    return CorruptRecord(check, where=where, expected=expected, actual=actual)
+
+
+def _check_fixed(values: dict[str, Any], where: object) -> None:
+    """Ranges of the fields that mean the same in every type."""
+    if values["checksum_id"] != ChecksumId.XXH3_64:
+        raise UnsupportedFormat(
+            "a record with an unknown checksum", where=where, expected=1, actual=values["checksum_id"], action="Use a newer kvlode."
+        )
+    if values["codec"] not in _CODECS:
+        raise UnsupportedFormat("a record with an unknown codec", where=where, actual=values["codec"], action="Use a newer kvlode.")
+    if values["element_size"] not in ELEMENT_SIZES:
+        raise _corrupt("element-size", where, ELEMENT_SIZES, values["element_size"])
+    if values["flags"] & ~FLAG_SKIPPABLE:
+        raise _corrupt("reserved", where, "no flag but bit 0", values["flags"])
+    if not 1 <= values["epoch"] <= EPOCH_MAX:
+        raise _corrupt("epoch", where, f"1 to {EPOCH_MAX}", values["epoch"])
+    offset = values["offset"]
+    if offset % PAGE_BYTES or not PAGE_BYTES <= offset < SEGMENT_BYTES_MAX:
+        raise _corrupt("own-offset", where, "a multiple of 4096, 4096 to 2^40", offset)
+    if values["synced_bytes"] > offset:
+        raise _corrupt("synced-bytes", where, f"at most {offset}", values["synced_bytes"])
+    if offset + PAGE_BYTES * values["record_pages"] > SEGMENT_BYTES_MAX:
+        raise _corrupt("record-pages", where, f"an end within {SEGMENT_BYTES_MAX}", values["record_pages"])
+
+
+def _cut_padded(values: dict[str, Any], name: str, size_max: int, where: object) -> bytes:
+    """The used part of a zero-padded area."""
+    length, area = values[f"{name}_length"], values[name]
+    if length > size_max:
+        raise _corrupt(f"{name}-length", where, f"at most {size_max}", length)
+    if area[length:] != bytes(len(area) - length):
+        raise _corrupt("reserved", where, f"zeros behind the {name}", area[length:].hex()[:64])
+    return bytes(area[:length])
+
+
+def _cut_stripes(values: dict[str, Any], where: object) -> Stripes:
+    count, area = values["stripe_count"], values["stripes"]
+    if count > STRIPES_MAX:
+        raise _corrupt("stripe-count", where, f"at most {STRIPES_MAX}", count)
+    used = count * STRIPE_DTYPE.itemsize
+    if area[used:] != bytes(len(area) - used):
+        raise _corrupt("reserved", where, "zeros behind the stripe table", area[used:].hex()[:64])
+    return np.frombuffer(area, dtype=STRIPE_DTYPE, count=count) if count else NO_STRIPES
+
+
+def _check_geometry(header: RecordHeader, raw_length_max: int, where: object) -> None:
+    """A payload in stripes: lengths within their limits and the right number of stripes."""
+    raw, stripe_bytes = header.raw_length, header.stripe_bytes
+    if not 1 <= raw <= raw_length_max:
+        raise _corrupt("raw-length", where, f"1 to {raw_length_max}", raw)
+    if stripe_bytes % PAGE_BYTES or not PAGE_BYTES <= stripe_bytes <= BLOCK_BYTES_MAX:
+        raise _corrupt("stripe-bytes", where, "a multiple of 4096, 4096 to 2^30", stripe_bytes)
+    count = -(-raw // stripe_bytes)
+    if len(header.stripes) != count:
+        raise _corrupt("stripe-count", where, count, len(header.stripes))
+
+
+def _check_block(header: RecordHeader, where: object) -> None:
+    if not header.key:
+        raise _corrupt("key-length", where, "a key", 0)
+    _check_geometry(header, BLOCK_BYTES_MAX, where)
+
+
+def _check_namespace(header: RecordHeader, where: object) -> None:
+    _check_no_key(header, where)
+    _check_geometry(header, NAMESPACE_BYTES_MAX, where)
+    if header.codec is not Codec.RAW or len(header.stripes) != 1:
+        raise _corrupt("namespace-payload", where, "one raw stripe", (header.codec.name, len(header.stripes)))
+
+
+def _check_tombstone(header: RecordHeader, where: object) -> None:
+    if not header.key:
+        raise _corrupt("key-length", where, "a key", 0)
+    _check_no_payload(header, where)
+
+
+def _check_drop(header: RecordHeader, where: object) -> None:
+    _check_no_key(header, where)
+    _check_no_payload(header, where)
+
+
+def _check_seal(header: RecordHeader, where: object) -> None:
+    _check_no_key(header, where)
+    if header.namespace != ZERO_DIGEST:
+        raise _corrupt("namespace", where, "zeros in a seal", header.namespace.hex())
+    if len(header.stripes) or header.stripe_bytes or header.codec is not Codec.RAW:
+        raise _corrupt("stripe-count", where, "no stripes in a seal", len(header.stripes))
+    if header.raw_length != header.stored_length or not header.raw_length:
+        raise _corrupt("stored-length", where, f"raw length {header.raw_length}", header.stored_length)
+
+
+def _check_unknown(header: RecordHeader, where: object) -> None:
+    if not header.flags & FLAG_SKIPPABLE:
+        raise UnsupportedFormat(
+            "a record of an unknown type",
+            where=where,
+            expected="types 1 to 5",
+            actual=int(header.record_type),
+            action="Use a newer kvlode.",
+        )
+
+
+def _check_no_key(header: RecordHeader, where: object) -> None:
+    if header.key:
+        raise _corrupt("key-length", where, 0, len(header.key))
+
+
+def _check_no_payload(header: RecordHeader, where: object) -> None:
+    lengths = (header.raw_length, header.stored_length, header.stripe_bytes, len(header.stripes), int(header.codec), header.raw_checksum)
+    if any(lengths):
+        raise _corrupt("stored-length", where, "no payload", lengths)
+
+
+_TYPE_CHECKS = {
+    RecordType.BLOCK: _check_block,
+    RecordType.TOMBSTONE: _check_tombstone,
+    RecordType.NAMESPACE: _check_namespace,
+    RecordType.NAMESPACE_DROP: _check_drop,
+    RecordType.SEAL: _check_seal,
+}
+
+
+def _check_stripes(header: RecordHeader, where: object) -> None:
+    """Every stripe entry against its raw length; the lengths add up to the payload."""
+    stripes = header.stripes
+    if header.record_type not in _TYPES:
+        return
+    end = int(stripe_offsets(stripes)[-1]) + int(stripes["stored_length"][-1])
+    if end != header.stored_length:
+        raise _corrupt("stored-length", where, end, header.stored_length)
+    if stripes["reserved"].any():
+        raise _corrupt("reserved", where, "zeros in stripe entries", "other bytes")
+    raw = np.full(len(stripes), header.stripe_bytes, dtype=np.int64)
+    raw[-1] = stripe_raw_bytes(header.raw_length, header.stripe_bytes, len(stripes) - 1)
+    good = _good_stripes(stripes, raw, header.codec, header.element_size)
+    if not good.all():
+        index = int(np.argmin(good))
+        raise _corrupt("stripe-entry", where, f"lengths that fit {int(raw[index])} raw bytes", f"stripe {index}: {stripes[index].item()}")
+
+
+def _good_stripes(
+    stripes: Stripes, raw: np.ndarray[Any, np.dtype[np.int64]], codec: Codec, element_size: int
+) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which entries follow the rules of SPEC.md part 4 (stripe entry)."""
+    stored = stripes["stored_length"].astype(np.int64)
+    first = stripes["first_plane_length"].astype(np.int64)
+    codecs, flags = stripes["codec"], stripes["plane_flags"]
+    whole = (first == 0) & (flags == 0)
+    good = (codecs == Codec.RAW) & whole & (stored == raw)
+    if codec is Codec.RAW:
+        return good
+    good |= (codecs == Codec.ZSTD) & whole & (stored > 0) & (stored < raw)
+    if codec is Codec.ZSTD or element_size == 1:
+        return good
+    plane = raw // element_size
+    rest = stored - (first + STRIPE_ALIGNMENT_BYTES - 1) // STRIPE_ALIGNMENT_BYTES * STRIPE_ALIGNMENT_BYTES
+    first_good = np.where(flags & PLANE_FIRST_ZSTD, (first > 0) & (first < plane), first == plane)
+    rest_good = np.where(flags & PLANE_REST_ZSTD, (rest > 0) & (rest < raw - plane), rest == raw - plane)
+    split = (flags >= 1) & (flags <= 3) & (raw % element_size == 0) & (stored < raw)
+    good |= (codecs == Codec.PLANES_ZSTD) & split & first_good & rest_good
+    return good
