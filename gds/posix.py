@@ -1,0 +1,466 @@
+"""Files of the operating system: O_DIRECT from many threads, buffered where that is refused, always counted.
+
+A request is cut into chunks that run on the device's threads, so that one large read or write keeps several
+transfers in flight at the drive. A request that O_DIRECT cannot take (address, offset or length not aligned) goes
+through a second, buffered descriptor of the same file; the kernel keeps both views of a file coherent. Whatever went
+through the page cache is dropped from it afterwards: a store would otherwise fill the memory of its container.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+
+from ..format.errors import DeviceError, StoreClosed, device_error
+from .device import DeviceLock, FileStatus, HostBuffer, IoCounter, IoPath, OpenMode
+from .os_calls import (
+    FALLOC_KEEP_SIZE,
+    FALLOC_PUNCH_HOLE,
+    MEMORY_FILE_SYSTEMS,
+    direct_alignment,
+    fallocate,
+    file_system_of,
+    set_direct,
+    try_lock,
+    unlock,
+)
+from .threads import WorkerPool
+from .transfer import ByteView, Chunk, Gather, PathCounters, byte_views, finished, is_aligned, split
+
+ALIGNMENT_BYTES = 4096
+THREADS_DEFAULT = 16
+CHUNK_BYTES_DEFAULT = 4 << 20
+IOV_MAX = 1024
+"""Pieces of memory per system call (Linux)."""
+CLOSE_TIMEOUT_S = 30.0
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+_ZEROS = bytes(1 << 20)
+
+
+class PosixDevice:
+    """Files below any root of the local file system. See ``gds.device`` for the rules; paths are absolute.
+
+    ``threads`` transfers of at most ``chunk_bytes`` run at the same time. ``direct=False`` uses the page cache throughout.
+    """
+
+    alignment = ALIGNMENT_BYTES
+    accepts_device_memory = False
+
+    def __init__(
+        self,
+        *,
+        threads: int = THREADS_DEFAULT,
+        chunk_bytes: int = CHUNK_BYTES_DEFAULT,
+        direct: bool = True,
+    ) -> None:
+        if chunk_bytes < ALIGNMENT_BYTES or chunk_bytes % ALIGNMENT_BYTES:
+            raise ValueError(f"chunk_bytes must be a multiple of {ALIGNMENT_BYTES}, not {chunk_bytes}")
+        self.chunk_bytes = chunk_bytes
+        self._direct = direct
+        self._pool = WorkerPool("kvlode-posix", threads)
+        self._counters = PathCounters()
+        self._host_path = IoPath.DIRECT if direct else IoPath.BUFFERED
+
+    # --- files ------------------------------------------------------------------------------------------------
+
+    def open(self, path: str, mode: OpenMode) -> PosixFile:
+        flags = {"read": os.O_RDONLY, "write": os.O_RDWR, "create": os.O_RDWR | os.O_CREAT | os.O_EXCL}[mode]
+        try:
+            descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise device_error(f"open for {mode}", path, error) from error
+        try:
+            direct = self._direct and file_system_of(descriptor) not in MEMORY_FILE_SYSTEMS and set_direct(descriptor)
+            return PosixFile(self, path, descriptor, writable=mode != "read", direct=direct)
+        except OSError as error:
+            os.close(descriptor)
+            raise device_error(f"open for {mode}", path, error) from error
+
+    def note_buffered(self) -> None:
+        """A file that should use O_DIRECT cannot: ``paths`` says so from now on."""
+        self._host_path = IoPath.BUFFERED
+
+    def count(self, path: IoPath, size_bytes: int, *, write: bool) -> None:
+        self._counters.add(path, size_bytes, write=write)
+
+    def submit(self, function: Callable[[Chunk], int], chunk: Chunk) -> Future[int]:
+        return self._pool.submit(function, chunk)
+
+    # --- names ------------------------------------------------------------------------------------------------
+
+    def status(self, path: str) -> FileStatus | None:
+        try:
+            return _file_status(os.stat(path))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise device_error("stat", path, error) from error
+
+    def list_folder(self, path: str) -> list[str]:
+        with _naming("list folder", path):
+            return sorted(os.listdir(path))
+
+    def make_folder(self, path: str) -> None:
+        missing: list[str] = []
+        folder = os.path.abspath(path)
+        while not os.path.isdir(folder) and os.path.dirname(folder) != folder:
+            missing.append(folder)
+            folder = os.path.dirname(folder)
+        for folder in reversed(missing):
+            with _naming("make folder", folder), suppress(FileExistsError):
+                os.mkdir(folder)
+            self._sync_parent(folder)
+        if not os.path.isdir(path):
+            raise DeviceError("make folder", path, errno=errno.ENOTDIR, action="Remove the file that has this name.")
+
+    def _sync_parent(self, path: str) -> None:
+        try:
+            self.sync_folder(os.path.dirname(path))
+        except DeviceError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM):  # a parent that may be entered but not read
+                raise
+
+    def remove(self, path: str) -> None:
+        with _naming("remove", path):
+            os.unlink(path)
+
+    def rename(self, source: str, target: str) -> None:
+        with _naming(f"rename to {target}", source):
+            os.replace(source, target)
+
+    def sync_folder(self, path: str) -> None:
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise device_error("open folder to sync", path, error) from error
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # network file systems without the operation
+                raise device_error("sync folder", path, error) from error
+        finally:
+            os.close(descriptor)
+
+    def free_bytes(self, path: str) -> int:
+        with _naming("read the free space of", path):
+            state = os.statvfs(path)
+        return state.f_bavail * state.f_frsize
+
+    def lock(self, path: str, *, shared: bool = False) -> DeviceLock | None:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            if not shared or error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                raise device_error("open lock", path, error) from error
+            descriptor = _open_to_share(path)
+        try:
+            if try_lock(descriptor, shared=shared):
+                return PosixLock(path, descriptor)
+        except OSError as error:
+            os.close(descriptor)
+            raise device_error("lock", path, error) from error
+        os.close(descriptor)
+        return None
+
+    # --- what happened ----------------------------------------------------------------------------------------
+
+    def counters(self) -> Mapping[IoPath, IoCounter]:
+        return self._counters.snapshot()
+
+    def paths(self) -> Mapping[str, IoPath]:
+        """``host``: O_DIRECT until a file refused it. Memory of a GPU is not taken."""
+        return {"host": self._host_path}
+
+    def close(self) -> None:
+        self._pool.shutdown(CLOSE_TIMEOUT_S)
+
+
+class PosixFile:
+    """One open file of a ``PosixDevice``. Do not call ``close`` from a future's callback: it waits for other futures."""
+
+    def __init__(self, device: PosixDevice, path: str, descriptor: int, *, writable: bool, direct: bool) -> None:
+        self.path = path
+        self.direct = direct
+        """Whether aligned requests use O_DIRECT; false from the start, or from the first transfer that was refused."""
+        self._device = device
+        self._writable = writable
+        self._descriptor = descriptor
+        self._buffered = -1 if direct else descriptor
+        self._memory_alignment, self._offset_alignment = direct_alignment(descriptor) or (ALIGNMENT_BYTES, ALIGNMENT_BYTES)
+        self._state = threading.Condition()
+        self._pending = 0
+        self._closing = False
+        self._pid = os.getpid()
+        self._cached_end = 0
+        self._sync_error: OSError | None = None
+        if not direct:
+            device.note_buffered()
+
+    def read(self, offset: int, buffers: Sequence[HostBuffer]) -> Future[int]:
+        return self._start(offset, byte_views(buffers, writable=True), write=False)
+
+    def write(self, offset: int, buffers: Sequence[HostBuffer]) -> Future[int]:
+        return self._start(offset, byte_views(buffers, writable=False), write=True)
+
+    def sync(self) -> None:
+        with self._using("sync"):
+            if self._sync_error is not None:  # the kernel reports a lost write once; a second fdatasync would claim success
+                raise device_error("sync after a failed sync", self.path, self._sync_error)
+            try:
+                os.fdatasync(self._descriptor)
+            except OSError as error:
+                self._sync_error = error
+                raise device_error("sync", self.path, error) from error
+            self._drop_cached_writes()
+
+    def preallocate(self, size_bytes: int) -> None:
+        with self._using("preallocate") as descriptor:
+            before = os.fstat(descriptor).st_size
+            try:
+                fallocate(descriptor, 0, 0, size_bytes)
+            except OSError as error:
+                if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS):
+                    os.ftruncate(descriptor, max(before, size_bytes))  # nothing is reserved: a later write may find no space
+                    return
+                os.ftruncate(descriptor, before)  # give back what was reserved before the space ran out
+                raise
+
+    def truncate(self, size_bytes: int) -> None:
+        with self._using("truncate") as descriptor:
+            os.ftruncate(descriptor, size_bytes)
+
+    def punch(self, offset: int, length: int) -> None:
+        with self._using("punch") as descriptor:
+            try:
+                fallocate(descriptor, FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE, offset, length)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+                    raise
+                self._write_zeros(offset, length)
+
+    def status(self) -> FileStatus:
+        with self._using("stat") as descriptor:
+            return _file_status(os.fstat(descriptor))
+
+    def close(self) -> None:
+        if os.getpid() == self._pid:  # in a forked child nobody finishes the parent's operations, and locks may be held for ever
+            with self._state:
+                if self._closing:
+                    return
+                self._closing = True
+                self._state.wait_for(lambda: self._pending == 0)
+        descriptors = {self._descriptor, self._buffered} - {-1}
+        self._descriptor = self._buffered = -1
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        # Pending operations refer to the file, so none is left when this runs.
+        for descriptor in {getattr(self, "_descriptor", -1), getattr(self, "_buffered", -1)} - {-1}:
+            with suppress(OSError):
+                os.close(descriptor)
+
+    # --- use --------------------------------------------------------------------------------------------------
+
+    def _begin(self, operation: str) -> None:
+        with self._state:
+            if self._closing or self._descriptor < 0:
+                raise DeviceError(operation, self.path, errno=errno.EBADF, detail="the file is closed")
+            self._pending += 1
+
+    def _end(self) -> None:
+        with self._state:
+            self._pending -= 1
+            if self._closing and self._pending == 0:
+                self._state.notify_all()
+
+    @contextmanager
+    def _using(self, operation: str) -> Iterator[int]:
+        """Keep the file open during a call; errors of the system become device errors."""
+        self._begin(operation)
+        try:
+            yield self._descriptor
+        except DeviceError:
+            raise
+        except OSError as error:
+            raise device_error(operation, self.path, error) from error
+        finally:
+            self._end()
+
+    # --- transfers --------------------------------------------------------------------------------------------
+
+    def _start(self, offset: int, views: list[ByteView], *, write: bool) -> Future[int]:
+        operation = "write" if write else "read"
+        if offset < 0:
+            raise ValueError(f"offset {offset} is negative")
+        if not views:
+            with self._using(operation):
+                return finished(0)
+        direct = self.direct and is_aligned(offset, views, self._memory_alignment, self._offset_alignment)
+        chunks = list(split(offset, views, self._device.chunk_bytes, IOV_MAX))
+        run = self._run_write if write else self._run_read
+        if not direct:
+            run = self._run_buffered_write if write else self._run_buffered_read
+        gather = Gather(len(chunks), operation, self.path)
+        for number, chunk in enumerate(chunks):
+            try:
+                self._begin(operation)
+                gather.add(self._submit(run, chunk))
+            except (DeviceError, StoreClosed) as error:
+                if number == 0:
+                    raise
+                gather.fail_unsubmitted(len(chunks) - number, error)
+                break
+        return gather.future
+
+    def _submit(self, run: Callable[[Chunk], int], chunk: Chunk) -> Future[int]:
+        try:
+            future = self._device.submit(run, chunk)
+        except BaseException:
+            self._end()
+            raise
+        future.add_done_callback(self._chunk_ended)
+        return future
+
+    def _chunk_ended(self, _: Future[int]) -> None:
+        self._end()
+
+    def _run_read(self, chunk: Chunk) -> int:
+        return self._run(chunk, write=False, direct=True)
+
+    def _run_write(self, chunk: Chunk) -> int:
+        return self._run(chunk, write=True, direct=True)
+
+    def _run_buffered_read(self, chunk: Chunk) -> int:
+        return self._run(chunk, write=False, direct=False)
+
+    def _run_buffered_write(self, chunk: Chunk) -> int:
+        return self._run(chunk, write=True, direct=False)
+
+    def _run(self, chunk: Chunk, *, write: bool, direct: bool) -> int:
+        """One chunk on a thread of the pool. Raises only errors without a traceback into buffers."""
+        try:
+            if direct:
+                try:
+                    return self._transfer(self._descriptor, chunk, write=write, path=IoPath.DIRECT)
+                except OSError as error:
+                    if error.errno != errno.EINVAL:
+                        raise
+                    # The file system took the flag and refuses the transfer (a larger block size, a network mount).
+                    self.direct = False
+                    self._device.note_buffered()
+            return self._transfer(self._buffered_descriptor(), chunk, write=write, path=IoPath.BUFFERED)
+        except OSError as error:
+            failure = device_error("write" if write else "read", self.path, error, offset=chunk.offset, length=chunk.length)
+        raise failure
+
+    def _transfer(self, descriptor: int, chunk: Chunk, *, write: bool, path: IoPath) -> int:
+        """Repeat the system call until the chunk is through or the file ends."""
+        views, done_bytes = chunk.views, 0
+        while views:
+            if write:
+                moved = os.pwritev(descriptor, views, chunk.offset + done_bytes)
+                if moved == 0:
+                    raise OSError(errno.EIO, "the system wrote nothing and gave no reason")
+            else:
+                moved = os.preadv(descriptor, views, chunk.offset + done_bytes)
+            done_bytes += moved
+            if moved == 0 or done_bytes == chunk.length or (not write and path is IoPath.DIRECT and moved % self._offset_alignment):
+                break  # through, or at the end of the file
+            views = _after(views, moved)
+        if path is IoPath.BUFFERED:
+            self._leave_cache(descriptor, chunk.offset, done_bytes, write=write)
+        self._device.count(path, done_bytes, write=write)
+        return done_bytes
+
+    def _buffered_descriptor(self) -> int:
+        """The descriptor without O_DIRECT, opened when it is first needed (most files never need it)."""
+        with self._state:
+            if self._buffered < 0:
+                mode = os.O_RDWR if self._writable else os.O_RDONLY
+                # Through /proc, so that a file that was renamed or removed meanwhile is still the same file.
+                self._buffered = os.open(f"/proc/self/fd/{self._descriptor}", mode | os.O_CLOEXEC)
+            return self._buffered
+
+    def _write_zeros(self, offset: int, length: int) -> None:
+        """What ``punch`` does where holes are not supported: the space stays used, the bytes are gone."""
+        descriptor = self._buffered_descriptor()
+        end = min(offset + length, os.fstat(descriptor).st_size)
+        while offset < end:
+            offset += os.pwrite(descriptor, _ZEROS[: end - offset], offset)
+
+    def _leave_cache(self, descriptor: int, offset: int, length: int, *, write: bool) -> None:
+        """Let the page cache go of a finished buffered transfer. Written pages only start on their way: ``sync`` drops them."""
+        if write:
+            with self._state:
+                self._cached_end = max(self._cached_end, offset + length)
+        start = offset // _PAGE_BYTES * _PAGE_BYTES
+        end = -(-(offset + length) // _PAGE_BYTES) * _PAGE_BYTES
+        with suppress(OSError):  # advice: a file system may know none
+            os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_DONTNEED)
+
+    def _drop_cached_writes(self) -> None:
+        with self._state:
+            end, self._cached_end = self._cached_end, 0
+        if end:
+            with suppress(OSError):
+                os.posix_fadvise(self._buffered, 0, end, os.POSIX_FADV_DONTNEED)
+
+
+class PosixLock:
+    """A lock held through one descriptor of its own."""
+
+    def __init__(self, path: str, descriptor: int) -> None:
+        self.path = path
+        self._descriptor = descriptor
+        self._pid = os.getpid()
+
+    def release(self) -> None:
+        """Unlock. In a forked child this is ``abandon``: the lock belongs to the process that took it. Twice is allowed."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor < 0:
+            return
+        try:
+            if os.getpid() == self._pid:
+                unlock(descriptor)  # explicitly: a forked child may still have a copy of the descriptor
+        finally:
+            os.close(descriptor)
+
+    def abandon(self) -> None:
+        """Close this process's copy and unlock nothing."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def _after(views: list[ByteView], moved: int) -> list[ByteView]:
+    """What is left of the views behind the first ``moved`` bytes."""
+    for number, view in enumerate(views):
+        if moved < view.nbytes:
+            return [view[moved:], *views[number + 1 :]]
+        moved -= view.nbytes
+    return []
+
+
+def _open_to_share(path: str) -> int:
+    """A read-only file system: an existing lock file can still be shared."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise device_error("open lock", path, error) from error
+
+
+def _file_status(state: os.stat_result) -> FileStatus:
+    return FileStatus(size_bytes=state.st_size, allocated_bytes=state.st_blocks * 512)
+
+
+@contextmanager
+def _naming(operation: str, path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise device_error(operation, path, error) from error

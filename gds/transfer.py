@@ -1,0 +1,155 @@
+"""What every device does to a request: look at the buffers, cut it into chunks, gather the chunks into one future."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from ..format.errors import DeviceError
+from .device import HostBuffer, IoCounter, IoPath
+
+ByteView: TypeAlias = "memoryview[int]"
+"""A flat view of bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A part of a request: consecutive bytes of the file, in one or several pieces of memory."""
+
+    offset: int
+    length: int
+    views: list[ByteView]
+
+
+def byte_views(buffers: Sequence[HostBuffer], *, writable: bool) -> list[ByteView]:
+    """Flat views of the buffers that have bytes. Raises ``ValueError`` for memory that is not contiguous or not writable."""
+    views: list[ByteView] = []
+    for buffer in buffers:
+        view = memoryview(buffer)
+        if not view.c_contiguous:
+            raise ValueError(f"a buffer of shape {view.shape} and strides {view.strides} is not contiguous")
+        if writable and view.readonly:
+            raise ValueError("a read-only buffer cannot be read into")
+        if view.nbytes:
+            views.append(view if view.ndim == 1 and view.format == "B" else view.cast("B"))
+    return views
+
+
+def address_of_view(view: ByteView) -> int:
+    """Address of a view's first byte."""
+    return int(np.frombuffer(view, dtype=np.uint8).__array_interface__["data"][0])
+
+
+def is_aligned(offset: int, views: Sequence[ByteView], memory_bytes: int, offset_bytes: int) -> bool:
+    """Whether O_DIRECT takes the request as it is: addresses multiples of the first, offset and lengths of the second."""
+    if offset % offset_bytes or any(view.nbytes % offset_bytes for view in views):
+        return False
+    return not any(address_of_view(view) % memory_bytes for view in views)
+
+
+def split(offset: int, views: Sequence[ByteView], chunk_bytes: int, views_max: int) -> Iterator[Chunk]:
+    """Cut a request into chunks of at most ``chunk_bytes`` and ``views_max`` pieces, in order.
+
+    All cuts but the ends of buffers fall on multiples of ``chunk_bytes`` from the start of a chunk, so aligned
+    requests stay aligned.
+    """
+    start, length, gathered = offset, 0, list[ByteView]()
+    for view in views:
+        taken = 0
+        while taken < view.nbytes:
+            part = view[taken : taken + chunk_bytes - length]
+            gathered.append(part)
+            taken += part.nbytes
+            length += part.nbytes
+            if length == chunk_bytes or len(gathered) == views_max:
+                yield Chunk(start, length, gathered)
+                start, length, gathered = start + length, 0, []
+    if length:
+        yield Chunk(start, length, gathered)
+
+
+class Gather:
+    """The future of a request whose chunks run by themselves.
+
+    It completes when *all* chunks are done, also after a failure: until then the buffers may be written to. It
+    cannot be cancelled for the same reason.
+    """
+
+    def __init__(self, chunks: int, operation: str, path: str) -> None:
+        self.future: Future[int] = Future()
+        self.future.set_running_or_notify_cancel()
+        self._lock = threading.Lock()
+        self._left = chunks
+        self._done_bytes = 0
+        self._error: BaseException | None = None
+        self._operation = operation
+        self._path = path
+
+    def add(self, chunk: Future[int]) -> None:
+        """Count one chunk's future in."""
+        chunk.add_done_callback(self._chunk_done)
+
+    def fail_unsubmitted(self, chunks: int, error: BaseException) -> None:
+        """Count ``chunks`` chunks as failed that could not even be submitted."""
+        self._account(chunks, 0, error)
+
+    def _chunk_done(self, chunk: Future[Any]) -> None:
+        if chunk.cancelled():
+            self._account(1, 0, DeviceError(self._operation, self._path, detail="the device was closed before it ran"))
+            return
+        error = chunk.exception()
+        self._account(1, 0 if error is not None else chunk.result(), error)
+
+    def _account(self, chunks: int, done_bytes: int, error: BaseException | None) -> None:
+        with self._lock:
+            self._left -= chunks
+            self._done_bytes += done_bytes
+            if self._error is None:
+                self._error = error
+            if self._left:
+                return
+        if self._error is None:
+            self.future.set_result(self._done_bytes)
+            return
+        # A traceback refers to frames, and frames to the buffers: the device keeps no reference to them.
+        self.future.set_exception(self._error.with_traceback(None))
+        self._error = None
+
+
+def finished(value: int) -> Future[int]:
+    """A future that is done."""
+    future: Future[int] = Future()
+    future.set_result(value)
+    return future
+
+
+class PathCounters:
+    """``Device.counters``: thread-safe counts by path."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counters: dict[IoPath, IoCounter] = {}
+
+    def add(self, path: IoPath, size_bytes: int, *, write: bool) -> None:
+        """Count one transfer."""
+        with self._lock:
+            counter = self._counters.setdefault(path, IoCounter())
+            if write:
+                counter.writes += 1
+                counter.write_bytes += size_bytes
+            else:
+                counter.reads += 1
+                counter.read_bytes += size_bytes
+
+    def snapshot(self) -> Mapping[IoPath, IoCounter]:
+        """Copies that no longer change."""
+        with self._lock:
+            return {
+                path: IoCounter(counter.reads, counter.read_bytes, counter.writes, counter.write_bytes)
+                for path, counter in self._counters.items()
+            }
