@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
-from .bytetable import ByteTable, Field, PageTable, magic
+from .bytetable import Field, PageTable, magic
 from .checksum import Buffer, xxh3_64
 from .errors import CorruptRecord, UnsupportedFormat
 from .layout import (
@@ -18,7 +18,6 @@ from .layout import (
     NAMESPACE_BYTES_MAX,
     PAGE_BYTES,
     SEGMENT_BYTES_MAX,
-    STRIPE_ALIGNMENT_BYTES,
     STRIPES_MAX,
     ZERO_DIGEST,
     ChecksumId,
@@ -26,11 +25,12 @@ from .layout import (
     RecordType,
     page_count,
 )
+from .stripe import NO_STRIPES, Stripes, align_stripe, entry_fits, stripe_raw_bytes
+from .stripe import STRIPE_DTYPE as STRIPE_DTYPE
+from .stripe import stripe_offsets as stripe_offsets
 
 FLAG_SKIPPABLE = 1
 """A reader that does not know the record's type may skip the record."""
-PLANE_FIRST_ZSTD = 1
-PLANE_REST_ZSTD = 2
 ELEMENT_SIZES = (1, 2, 4, 8)
 
 RECORD_TABLE = PageTable(
@@ -79,42 +79,8 @@ RECORD_TABLE = PageTable(
     ),
 )
 
-STRIPE_TABLE = ByteTable(
-    title="stripe entry",
-    size_bytes=24,
-    fields=(
-        Field(0, "u32", "stored_length", "bytes of the stripe on disk", "see below"),
-        Field(4, "u32", "first_plane_length", "stored bytes of plane 0; 0 when the stripe is not split", "see below"),
-        Field(8, "u8", "codec", "0 raw, 1 zstd, 2 planes+zstd", "0 or the record's codec; 1 also in a planes+zstd record"),
-        Field(9, "u8", "plane_flags", "bit 0: plane 0 is a zstd frame; bit 1: the rest is a zstd frame", "1 to 3 when split, else 0"),
-        Field(10, "zero[6]", "reserved", "reserved", "0"),
-        Field(16, "u64", "checksum", "XXH3-64 of the stripe as stored", "any"),
-    ),
-)
-
-_NUMPY_KINDS = {"u8": "u1", "u16": "<u2", "u32": "<u4", "u64": "<u8"}
-STRIPE_DTYPE = np.dtype([(f.name, _NUMPY_KINDS.get(f.kind, f"S{f.size_bytes}")) for f in STRIPE_TABLE])
-"""One stripe entry. ``item()`` gives the tuple (stored_length, first_plane_length, codec, plane_flags, reserved, checksum)."""
-
-Stripes: TypeAlias = np.ndarray[Any, np.dtype[np.void]]
-NO_STRIPES: Stripes = np.zeros(0, dtype=STRIPE_DTYPE)
-NO_STRIPES.setflags(write=False)
-
 _TYPES: dict[int, RecordType] = {int(kind): kind for kind in RecordType}
 _CODECS: dict[int, Codec] = {int(codec): codec for codec in Codec}
-
-
-def stripe_offsets(stripes: Stripes) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Start of each stripe inside the payload, in bytes: one after the other, each on a multiple of 16."""
-    starts = np.zeros(len(stripes), dtype=np.int64)
-    lengths = stripes["stored_length"][:-1].astype(np.int64)
-    np.cumsum((lengths + STRIPE_ALIGNMENT_BYTES - 1) // STRIPE_ALIGNMENT_BYTES * STRIPE_ALIGNMENT_BYTES, out=starts[1:])
-    return starts
-
-
-def stripe_raw_bytes(raw_length: int, stripe_bytes: int, index: int) -> int:
-    """Raw bytes of stripe ``index``: ``stripe_bytes``, or what is left for the last one."""
-    return min(stripe_bytes, raw_length - index * stripe_bytes)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -347,40 +313,13 @@ _TYPE_CHECKS = {
 
 def _check_stripes(header: RecordHeader, where: object) -> None:
     """Every stripe entry against its raw length; the lengths add up to the payload."""
-    stripes = header.stripes
     if header.record_type not in _TYPES:
         return
-    end = int(stripe_offsets(stripes)[-1]) + int(stripes["stored_length"][-1])
+    codec, end = int(header.codec), 0
+    for index, entry in enumerate(header.stripes.tolist()):
+        raw_bytes = stripe_raw_bytes(header.raw_length, header.stripe_bytes, index)
+        if not entry_fits(entry, raw_bytes, codec, header.element_size):
+            raise _corrupt("stripe-entry", where, f"lengths and codec that fit {raw_bytes} raw bytes", f"stripe {index}: {entry}")
+        end = align_stripe(end) + entry[0]
     if end != header.stored_length:
         raise _corrupt("stored-length", where, end, header.stored_length)
-    if stripes["reserved"].any():
-        raise _corrupt("reserved", where, "zeros in stripe entries", "other bytes")
-    raw = np.full(len(stripes), header.stripe_bytes, dtype=np.int64)
-    raw[-1] = stripe_raw_bytes(header.raw_length, header.stripe_bytes, len(stripes) - 1)
-    good = _good_stripes(stripes, raw, header.codec, header.element_size)
-    if not good.all():
-        index = int(np.argmin(good))
-        raise _corrupt("stripe-entry", where, f"lengths that fit {int(raw[index])} raw bytes", f"stripe {index}: {stripes[index].item()}")
-
-
-def _good_stripes(
-    stripes: Stripes, raw: np.ndarray[Any, np.dtype[np.int64]], codec: Codec, element_size: int
-) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Which entries follow the rules of SPEC.md part 4 (stripe entry)."""
-    stored = stripes["stored_length"].astype(np.int64)
-    first = stripes["first_plane_length"].astype(np.int64)
-    codecs, flags = stripes["codec"], stripes["plane_flags"]
-    whole = (first == 0) & (flags == 0)
-    good = (codecs == Codec.RAW) & whole & (stored == raw)
-    if codec is Codec.RAW:
-        return good
-    good |= (codecs == Codec.ZSTD) & whole & (stored > 0) & (stored < raw)
-    if codec is Codec.ZSTD or element_size == 1:
-        return good
-    plane = raw // element_size
-    rest = stored - (first + STRIPE_ALIGNMENT_BYTES - 1) // STRIPE_ALIGNMENT_BYTES * STRIPE_ALIGNMENT_BYTES
-    first_good = np.where(flags & PLANE_FIRST_ZSTD, (first > 0) & (first < plane), first == plane)
-    rest_good = np.where(flags & PLANE_REST_ZSTD, (rest > 0) & (rest < raw - plane), rest == raw - plane)
-    split = (flags >= 1) & (flags <= 3) & (raw % element_size == 0) & (stored < raw)
-    good |= (codecs == Codec.PLANES_ZSTD) & split & first_good & rest_good
-    return good
