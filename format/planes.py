@@ -13,7 +13,7 @@ import numpy as np
 
 Bytes: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
 
-_WORDS = {2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}
+_WORDS: dict[int, np.dtype[Any]] = {2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}
 
 
 def split(raw: Bytes, element_size: int, first: Bytes, rest: Bytes) -> None:
