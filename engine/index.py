@@ -32,7 +32,10 @@ class Index(Protocol):
         ...
 
     def apply(self, puts: Sequence[tuple[bytes, bytes]], deletes: Sequence[bytes] = ()) -> None:
-        """Apply one atomic batch (at most 1,000 entries in all), deletes after puts. Raises ``IndexWriteError``; nothing was applied then."""
+        """Apply one atomic batch (at most ``BATCH_ENTRIES_MAX`` entries in all), deletes after puts.
+
+        Raises ``IndexWriteError``; nothing was applied then.
+        """
         ...
 
     def sync(self) -> None:
@@ -42,7 +45,8 @@ class Index(Protocol):
     def scan(self, prefix: bytes = b"", start: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
         """Entries whose key begins with ``prefix``, from ``start`` on, in order. Raises ``IndexDamaged`` instead of ending early.
 
-        The entries are those of one moment: batches applied during the scan are not seen.
+        The entries are those of one moment: batches applied during the scan are not seen. A scan does not hold ``close``
+        up: going on after it raises ``StoreClosed``. One thread at a time may use a scan.
         """
         ...
 
@@ -55,5 +59,5 @@ class Index(Protocol):
         ...
 
     def close(self) -> None:
-        """Wait for running reads and iterators, then close. Closing twice is allowed."""
+        """Wait for running calls, then close. Closing twice is allowed."""
         ...
