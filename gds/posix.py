@@ -29,7 +29,7 @@ from .os_calls import (
     unlock,
 )
 from .threads import WorkerPool
-from .transfer import ByteView, Chunk, Gather, PathCounters, byte_views, finished, is_aligned, split
+from .transfer import ByteView, Chunk, Gather, PathCounters, Uses, byte_views, finished, is_aligned, split
 
 ALIGNMENT_BYTES = 4096
 THREADS_DEFAULT = 16
@@ -191,10 +191,8 @@ class PosixFile:
         self._descriptor = descriptor
         self._buffered = -1 if direct else descriptor
         self._memory_alignment, self._offset_alignment = direct_alignment(descriptor) or (ALIGNMENT_BYTES, ALIGNMENT_BYTES)
-        self._state = threading.Condition()
-        self._pending = 0
-        self._closing = False
-        self._pid = os.getpid()
+        self._uses = Uses(path)
+        self._lock = threading.Lock()
         self._cached_end = 0
         self._sync_error: OSError | None = None
         if not direct:
@@ -207,7 +205,7 @@ class PosixFile:
         return self._start(offset, byte_views(buffers, writable=False), write=True)
 
     def sync(self) -> None:
-        with self._using("sync"):
+        with self._uses.using("sync"):
             if self._sync_error is not None:  # the kernel reports a lost write once; a second fdatasync would claim success
                 raise device_error("sync after a failed sync", self.path, self._sync_error)
             try:
@@ -218,41 +216,37 @@ class PosixFile:
             self._drop_cached_writes()
 
     def preallocate(self, size_bytes: int) -> None:
-        with self._using("preallocate") as descriptor:
-            before = os.fstat(descriptor).st_size
+        with self._uses.using("preallocate"):
+            before = os.fstat(self._descriptor).st_size
             try:
-                fallocate(descriptor, 0, 0, size_bytes)
+                fallocate(self._descriptor, 0, 0, size_bytes)
             except OSError as error:
                 if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS):
-                    os.ftruncate(descriptor, max(before, size_bytes))  # nothing is reserved: a later write may find no space
+                    os.ftruncate(self._descriptor, max(before, size_bytes))  # nothing is reserved: a later write may find no space
                     return
-                os.ftruncate(descriptor, before)  # give back what was reserved before the space ran out
+                os.ftruncate(self._descriptor, before)  # give back what was reserved before the space ran out
                 raise
 
     def truncate(self, size_bytes: int) -> None:
-        with self._using("truncate") as descriptor:
-            os.ftruncate(descriptor, size_bytes)
+        with self._uses.using("truncate"):
+            os.ftruncate(self._descriptor, size_bytes)
 
     def punch(self, offset: int, length: int) -> None:
-        with self._using("punch") as descriptor:
+        with self._uses.using("punch"):
             try:
-                fallocate(descriptor, FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE, offset, length)
+                fallocate(self._descriptor, FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE, offset, length)
             except OSError as error:
                 if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
                     raise
                 self._write_zeros(offset, length)
 
     def status(self) -> FileStatus:
-        with self._using("stat") as descriptor:
-            return _file_status(os.fstat(descriptor))
+        with self._uses.using("stat"):
+            return _file_status(os.fstat(self._descriptor))
 
     def close(self) -> None:
-        if os.getpid() == self._pid:  # in a forked child nobody finishes the parent's operations, and locks may be held for ever
-            with self._state:
-                if self._closing:
-                    return
-                self._closing = True
-                self._state.wait_for(lambda: self._pending == 0)
+        if not self._uses.close():
+            return
         descriptors = {self._descriptor, self._buffered} - {-1}
         self._descriptor = self._buffered = -1
         for descriptor in descriptors:
@@ -264,33 +258,6 @@ class PosixFile:
             with suppress(OSError):
                 os.close(descriptor)
 
-    # --- use --------------------------------------------------------------------------------------------------
-
-    def _begin(self, operation: str) -> None:
-        with self._state:
-            if self._closing or self._descriptor < 0:
-                raise DeviceError(operation, self.path, errno=errno.EBADF, detail="the file is closed")
-            self._pending += 1
-
-    def _end(self) -> None:
-        with self._state:
-            self._pending -= 1
-            if self._closing and self._pending == 0:
-                self._state.notify_all()
-
-    @contextmanager
-    def _using(self, operation: str) -> Iterator[int]:
-        """Keep the file open during a call; errors of the system become device errors."""
-        self._begin(operation)
-        try:
-            yield self._descriptor
-        except DeviceError:
-            raise
-        except OSError as error:
-            raise device_error(operation, self.path, error) from error
-        finally:
-            self._end()
-
     # --- transfers --------------------------------------------------------------------------------------------
 
     def _start(self, offset: int, views: list[ByteView], *, write: bool) -> Future[int]:
@@ -298,7 +265,7 @@ class PosixFile:
         if offset < 0:
             raise ValueError(f"offset {offset} is negative")
         if not views:
-            with self._using(operation):
+            with self._uses.using(operation):
                 return finished(0)
         direct = self.direct and is_aligned(offset, views, self._memory_alignment, self._offset_alignment)
         chunks = list(split(offset, views, self._device.chunk_bytes, IOV_MAX))
@@ -308,9 +275,9 @@ class PosixFile:
         gather = Gather(len(chunks), operation, self.path)
         for number, chunk in enumerate(chunks):
             try:
-                self._begin(operation)
+                self._uses.begin(operation)
                 gather.add(self._submit(run, chunk))
-            except (DeviceError, StoreClosed) as error:
+            except DeviceError as error:
                 if number == 0:
                     raise
                 gather.fail_unsubmitted(len(chunks) - number, error)
@@ -320,14 +287,14 @@ class PosixFile:
     def _submit(self, run: Callable[[Chunk], int], chunk: Chunk) -> Future[int]:
         try:
             future = self._device.submit(run, chunk)
-        except BaseException:
-            self._end()
-            raise
+        except StoreClosed as error:
+            self._uses.end()
+            raise DeviceError("submit", self.path, errno=errno.ESHUTDOWN, detail=error.what) from error
         future.add_done_callback(self._chunk_ended)
         return future
 
     def _chunk_ended(self, _: Future[int]) -> None:
-        self._end()
+        self._uses.end()
 
     def _run_read(self, chunk: Chunk) -> int:
         return self._run(chunk, write=False, direct=True)
@@ -379,7 +346,7 @@ class PosixFile:
 
     def _buffered_descriptor(self) -> int:
         """The descriptor without O_DIRECT, opened when it is first needed (most files never need it)."""
-        with self._state:
+        with self._lock:
             if self._buffered < 0:
                 mode = os.O_RDWR if self._writable else os.O_RDONLY
                 # Through /proc, so that a file that was renamed or removed meanwhile is still the same file.
@@ -396,7 +363,7 @@ class PosixFile:
     def _leave_cache(self, descriptor: int, offset: int, length: int, *, write: bool) -> None:
         """Let the page cache go of a finished buffered transfer. Written pages only start on their way: ``sync`` drops them."""
         if write:
-            with self._state:
+            with self._lock:
                 self._cached_end = max(self._cached_end, offset + length)
         start = offset // _PAGE_BYTES * _PAGE_BYTES
         end = -(-(offset + length) // _PAGE_BYTES) * _PAGE_BYTES
@@ -404,7 +371,7 @@ class PosixFile:
             os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_DONTNEED)
 
     def _drop_cached_writes(self) -> None:
-        with self._state:
+        with self._lock:
             end, self._cached_end = self._cached_end, 0
         if end:
             with suppress(OSError):

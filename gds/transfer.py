@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from ..format.errors import DeviceError
+from ..format.errors import DeviceError, device_error
 from .device import HostBuffer, IoCounter, IoPath
 
 ByteView: TypeAlias = "memoryview[int]"
@@ -119,6 +122,58 @@ class Gather:
         # A traceback refers to frames, and frames to the buffers: the device keeps no reference to them.
         self.future.set_exception(self._error.with_traceback(None))
         self._error = None
+
+
+class Uses:
+    """How many operations use a file now: ``close`` waits for them and lets no new one begin.
+
+    Operations of the parent never end in a forked child, so there ``close`` does not wait.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._condition = threading.Condition()
+        self._count = 0
+        self._closed = False
+        self._pid = os.getpid()
+
+    def begin(self, operation: str) -> None:
+        """Raises ``DeviceError`` (EBADF) once ``close`` was called."""
+        with self._condition:
+            if self._closed:
+                raise DeviceError(operation, self._path, errno=errno.EBADF, detail="the file is closed")
+            self._count += 1
+
+    def end(self) -> None:
+        with self._condition:
+            self._count -= 1
+            if self._closed and self._count == 0:
+                self._condition.notify_all()
+
+    def close(self) -> bool:
+        """Wait until nothing uses the file; ``False`` when it was closed before."""
+        if os.getpid() != self._pid:  # locks of the parent's threads may be held for ever here
+            was_closed, self._closed = self._closed, True
+            return not was_closed
+        with self._condition:
+            if self._closed:
+                return False
+            self._closed = True
+            self._condition.wait_for(lambda: self._count == 0)
+            return True
+
+    @contextmanager
+    def using(self, operation: str) -> Iterator[None]:
+        """Keep the file open during a call; errors of the system become device errors."""
+        self.begin(operation)
+        try:
+            yield
+        except DeviceError:
+            raise
+        except OSError as error:
+            raise device_error(operation, self._path, error) from error
+        finally:
+            self.end()
 
 
 def finished(value: int) -> Future[int]:
