@@ -1,0 +1,193 @@
+"""The index as the engine uses it: entries of keys, drop floors, the checkpoint, and changes that wait out an index error.
+
+Lookups may come from any thread; changes come from the commit thread alone, which makes every "if it still points
+there" a plain comparison.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from .index import Index, IndexDamaged, IndexWriteError
+from .index_entry import IndexEntry, expires_and_version
+from .stats import Counters
+
+META_PREFIX = bytes(16)
+_CHECKPOINT_KEY = META_PREFIX + b"checkpoint"
+_IDENTITY_KEY = META_PREFIX + b"store"
+_FLOOR_PREFIX = META_PREFIX + b"floor/"
+_CHECKPOINT = struct.Struct("<QQQ")
+_FLOOR = struct.Struct("<Q")
+BATCH_ENTRIES_MAX = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Everything in the log before this place is in the index; ``sequence`` is the highest sequence number seen there."""
+
+    segment_id: int
+    offset: int
+    sequence: int
+
+
+class Catalog:
+    """See the module."""
+
+    def __init__(self, index: Index, counters: Counters) -> None:
+        self.index = index
+        self._counters = counters
+        self._delta: dict[bytes, bytes | None] = {}
+        self._floors: dict[bytes, int] = {}
+
+    # --- lookups ----------------------------------------------------------------------------------------------
+
+    def values(self, idents: Sequence[bytes]) -> list[bytes | None]:
+        """Packed entries, from the waiting changes first and else from the index."""
+        found = self.index.get_many(idents)
+        if self._delta:
+            delta = dict(self._delta)
+            found = [delta.get(ident, value) for ident, value in zip(idents, found, strict=True)]
+        return found
+
+    def find(self, idents: Sequence[bytes]) -> list[IndexEntry | None]:
+        """Entries of keys; those of a dropped namespace (below its floor) are absent."""
+        entries = [self._unpack(value) for value in self.values(idents)]
+        if self._floors:
+            pairs = zip(idents, entries, strict=True)
+            entries = [e if e is not None and e.version_seq >= self._floors.get(ident[:16], 0) else None for ident, e in pairs]
+        return entries
+
+    def _unpack(self, value: bytes | None) -> IndexEntry | None:
+        if value is None:
+            return None
+        try:
+            return IndexEntry.unpack(value)
+        except IndexDamaged:
+            self._counters.add("index_entries_unreadable")
+            return None
+
+    def live(self, idents: Sequence[bytes], now_ns: int) -> list[bool]:
+        """Whether each key is present and not expired."""
+        values = self.values(idents)
+        if not self._floors:
+            return [value is not None and _unexpired(value, now_ns) for value in values]
+        floors = self._floors
+        return [
+            value is not None and _unexpired(value, now_ns) and expires_and_version(value)[1] >= floors.get(ident[:16], 0)
+            for ident, value in zip(idents, values, strict=True)
+        ]
+
+    def raise_floor(self, namespace: bytes, floor_seq: int) -> None:
+        """From now on every entry of the namespace with a smaller ``version_seq`` counts as absent."""
+        self._floors = {**self._floors, namespace: max(floor_seq, self._floors.get(namespace, 0))}
+
+    def lower_floor(self, namespace: bytes, floor_seq: int) -> bool:
+        """The entries below ``floor_seq`` are gone: forget the floor, unless a later drop has raised it. Commit thread."""
+        if self._floors.get(namespace) != floor_seq:
+            return False
+        self.change(dict([self.floor_change(namespace, None)]))
+        self._floors = {digest: seq for digest, seq in self._floors.items() if digest != namespace}
+        return True
+
+    def load_floors(self) -> dict[bytes, int]:
+        """Drops that an earlier process did not finish working off; they are in force from this call on."""
+        self._floors = {key[len(_FLOOR_PREFIX) :]: _FLOOR.unpack(value)[0] for key, value in self.index.scan(_FLOOR_PREFIX)}
+        return dict(self._floors)
+
+    # --- changes (commit thread) --------------------------------------------------------------------------------
+
+    @property
+    def waiting_changes(self) -> int:
+        """Changes that the index has refused so far; they are served from memory."""
+        return len(self._delta)
+
+    def change(self, changes: dict[bytes, bytes | None]) -> bool:
+        """Put (bytes) and delete (``None``) entries. False when the index refused: the changes wait in memory until ``retry``."""
+        if self._delta:
+            self._delta.update(changes)
+            return self.retry()
+        try:
+            self._apply(changes)
+        except IndexWriteError:
+            self._counters.add("index_write_errors")
+            self._delta = {**self._delta, **changes}
+            return False
+        return True
+
+    def retry(self) -> bool:
+        """Try the waiting changes again; True when none is left."""
+        try:
+            self._apply(self._delta)
+        except IndexWriteError:
+            self._counters.add("index_write_errors")
+            return False
+        self._delta = {}
+        return True
+
+    def _apply(self, changes: dict[bytes, bytes | None]) -> None:
+        items = list(changes.items())
+        for start in range(0, len(items), BATCH_ENTRIES_MAX):
+            batch = items[start : start + BATCH_ENTRIES_MAX]
+            self.index.apply([(k, v) for k, v in batch if v is not None], [k for k, v in batch if v is None])
+
+    def drop_if_at(self, places: Iterable[tuple[bytes, int, int]]) -> int:
+        """Delete the entries that still point to (segment id, offset); returns how many did."""
+        wanted = list(places)
+        dropped = 0
+        for start in range(0, len(wanted), BATCH_ENTRIES_MAX):
+            part = wanted[start : start + BATCH_ENTRIES_MAX]
+            changes: dict[bytes, bytes | None] = {}
+            for (ident, segment_id, offset), value in zip(part, self.values([p[0] for p in part]), strict=True):
+                entry = self._unpack(value)
+                if entry is not None and (entry.segment_id, entry.offset) == (segment_id, offset):
+                    changes[ident] = None
+            if changes:
+                self.change(changes)
+            dropped += len(changes)
+        return dropped
+
+    def purge(self, namespace: bytes, floor_seq: int, start: bytes | None, limit: int) -> bytes | None:
+        """Delete up to ``limit`` entries of a dropped namespace; returns where to go on, ``None`` at the end."""
+        changes: dict[bytes, bytes | None] = {}
+        resume = None
+        for count, (ident, value) in enumerate(self.index.scan(namespace, start)):
+            if count == limit:
+                resume = ident
+                break
+            if expires_and_version(value)[1] < floor_seq:
+                changes[ident] = None
+        if changes:
+            self.change(changes)
+        return resume
+
+    # --- the store's own entries -----------------------------------------------------------------------------------
+
+    def _read_meta(self, key: bytes) -> bytes | None:
+        return self.values([key])[0]
+
+    def identity(self) -> bytes | None:
+        """UUID of the store that this index was built for."""
+        return self._read_meta(_IDENTITY_KEY)
+
+    def checkpoint(self) -> Checkpoint | None:
+        value = self._read_meta(_CHECKPOINT_KEY)
+        return None if value is None else Checkpoint(*_CHECKPOINT.unpack(value))
+
+    @staticmethod
+    def checkpoint_change(checkpoint: Checkpoint) -> tuple[bytes, bytes]:
+        return _CHECKPOINT_KEY, _CHECKPOINT.pack(checkpoint.segment_id, checkpoint.offset, checkpoint.sequence)
+
+    @staticmethod
+    def identity_change(store_uuid: bytes) -> tuple[bytes, bytes]:
+        return _IDENTITY_KEY, store_uuid
+
+    @staticmethod
+    def floor_change(namespace: bytes, floor_seq: int | None) -> tuple[bytes, bytes | None]:
+        return _FLOOR_PREFIX + namespace, None if floor_seq is None else _FLOOR.pack(floor_seq)
+
+
+def _unexpired(value: bytes, now_ns: int) -> bool:
+    expires_at_ns = expires_and_version(value)[0]
+    return expires_at_ns == 0 or now_ns < expires_at_ns

@@ -1,0 +1,239 @@
+"""The commit thread: turns finished writes into durable, indexed blocks. It alone changes the index.
+
+The order is data, sync, index, buffer: an index entry never points at bytes that a power cut could take away, and a
+block leaves the buffer only when the index knows it. Batches that finish while a sync runs share the next one.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+from .buffer import Buffer, Entry, Kind
+from .catalog import Catalog, Checkpoint
+from .contract import Refusal
+from .health import Health
+from .index import IndexWriteError
+from .index_entry import IndexEntry
+from .jobs import DURABLE, refused
+from .segment_writer import Dropped, LogBatch, SealWrite
+from .segments import SegmentTable
+from .stats import Counters
+
+logger = logging.getLogger("kvlode")
+Answer = TypeVar("Answer")
+GROUP_BATCHES_MAX = 16
+PURGE_ENTRIES = 500
+RETRY_S = 1.0
+
+
+class CommitThread:
+    """See the module. ``submit`` takes the writer's items in order; ``call`` runs a function between two commits."""
+
+    def __init__(self, buffer: Buffer, catalog: Catalog, segments: SegmentTable, counters: Counters, health: Health) -> None:
+        self._buffer = buffer
+        self._catalog = catalog
+        self._segments = segments
+        self._counters = counters
+        self._health = health
+        self._items: queue.SimpleQueue[LogBatch | SealWrite | list[Dropped] | Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="kvlode-commit", daemon=True)
+        self._held_back: LogBatch | SealWrite | list[Dropped] | Callable[[], None] | None = None
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, item: LogBatch | SealWrite | list[Dropped]) -> None:
+        self._items.put(item)
+
+    def call(self, function: Callable[[], Answer]) -> Future[Answer]:
+        """Run ``function`` on the commit thread after everything submitted so far."""
+        future: Future[Answer] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:  # handed to whoever asked
+                future.set_exception(error)
+
+        self._items.put(run)
+        return future
+
+    def stop(self, timeout_s: float | None) -> bool:
+        """Work off what was submitted, sync the index, end; False when that took longer."""
+        self._items.put(None)
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def purge(self, namespace: bytes, floor_seq: int) -> None:
+        """Work off a namespace drop in the index, a slice at a time between other commits."""
+        self._items.put(lambda: self._purge_slice(namespace, floor_seq, None))
+
+    # --- the thread -------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            item = self._next()
+            if item is None:
+                break
+            try:
+                self._handle(item)
+            except Exception as error:  # a defect: stop writing rather than lose track of what is durable
+                self._health.latch(error)
+                self._settle_all(item, Refusal.STORE_FAILED)
+
+    def _next(self) -> LogBatch | SealWrite | list[Dropped] | Callable[[], None] | None:
+        held_back, self._held_back = self._held_back, None
+        if held_back is not None:
+            return held_back
+        while True:
+            try:
+                return self._items.get(timeout=RETRY_S if self._catalog.waiting_changes else None)
+            except queue.Empty:
+                self._catalog.retry()
+
+    def _handle(self, item: LogBatch | SealWrite | list[Dropped] | Callable[[], None]) -> None:
+        if isinstance(item, LogBatch):
+            self._commit_group(self._gather(item))
+        elif isinstance(item, SealWrite):
+            self._finish_seal(item)
+        elif isinstance(item, list):
+            self._settle_dropped(item)
+        else:
+            item()
+
+    def _gather(self, first: LogBatch) -> list[LogBatch]:
+        """``first`` and the batches behind it that are already written."""
+        group = [first]
+        while len(group) < GROUP_BATCHES_MAX:
+            try:
+                item = self._items.get_nowait()
+            except queue.Empty:
+                break
+            if isinstance(item, LogBatch) and item.write.done():
+                group.append(item)
+                continue
+            self._held_back = item
+            if item is None:
+                self._items.put(None)
+                self._held_back = None
+            break
+        return group
+
+    def _commit_group(self, group: list[LogBatch]) -> None:
+        if self._health.failure is None:
+            try:
+                self._make_durable(group)
+            except OSError as error:
+                self._health.latch(error)
+        if self._health.failure is not None:
+            for batch in group:
+                self._settle_all(batch, Refusal.STORE_FAILED)
+            return
+        self._index(group)
+        for batch in group:
+            self._settle_batch(batch)
+
+    def _make_durable(self, group: list[LogBatch]) -> None:
+        for batch in group:
+            batch.write.result()
+        for segment in {id(batch.segment): batch.segment for batch in group}.values():
+            segment.file.sync()
+        if any(batch.starts_segment for batch in group):
+            self._segments.device.sync_folder(self._segments.folder)
+        for batch in group:
+            batch.segment.synced_bytes = batch.end_offset
+        self._counters.add("syncs")
+
+    def _index(self, group: list[LogBatch]) -> None:
+        """Apply the group's changes in log order, the checkpoint last."""
+        changes: dict[bytes, bytes | None] = {}
+        for batch in group:
+            for entry, record in batch.entries:
+                self._add_change(changes, entry, record)
+        last = group[-1]
+        key, value = Catalog.checkpoint_change(Checkpoint(last.segment.segment_id, last.end_offset, last.last_sequence))
+        changes[key] = value
+        self._catalog.change(changes)
+
+    def _add_change(self, changes: dict[bytes, bytes | None], entry: Entry, record: IndexEntry | None) -> None:
+        if entry.kind is Kind.BLOCK and record is not None:
+            changes[entry.ident] = record.pack()
+        elif entry.kind is Kind.TOMBSTONE:
+            changes[entry.ident] = None
+        elif entry.kind is Kind.DROP:
+            key, value = Catalog.floor_change(entry.namespace.digest, entry.version_seq)
+            changes[key] = value
+        elif record is not None and self._still_at(entry, changes):
+            changes[entry.ident] = record.pack()
+            self._counters.add("reinserted_blocks")
+            self._counters.add("reinserted_bytes", record.stored_length)
+
+    def _still_at(self, entry: Entry, changes: dict[bytes, bytes | None]) -> bool:
+        """Whether a reinserted block's entry still points at the copy that is being carried forward."""
+        value = changes[entry.ident] if entry.ident in changes else self._catalog.values([entry.ident])[0]
+        if value is None:
+            return False
+        current, source = IndexEntry.unpack(value), entry.reinsertion.header
+        return (current.segment_id, current.offset) == (source.segment_id, source.offset)
+
+    def _settle_batch(self, batch: LogBatch) -> None:
+        written = sum(record.stored_length for _, record in batch.entries if record is not None)
+        raw = sum(entry.size_bytes for entry, _ in batch.entries if entry.kind is Kind.BLOCK)
+        self._counters.add_many({"written_records": len(batch.entries), "written_stored_bytes": written, "written_raw_bytes": raw})
+        self._in_turn([(entry, DURABLE) for entry, _ in batch.entries] + [(d.entry, refused(d.reason)) for d in batch.dropped])
+        for entry, _ in batch.entries:
+            if entry.kind is Kind.DROP:
+                self.purge(entry.namespace.digest, entry.version_seq)
+
+    def _settle_dropped(self, dropped: list[Dropped]) -> None:
+        self._in_turn([(d.entry, refused(d.reason)) for d in dropped])
+
+    def _settle_all(self, item: object, reason: Refusal) -> None:
+        if isinstance(item, LogBatch):
+            self._in_turn([(entry, refused(reason)) for entry, _ in item.entries] + [(d.entry, refused(reason)) for d in item.dropped])
+        elif isinstance(item, list):
+            self._settle_dropped(item)
+
+    def _in_turn(self, settlements: list[tuple[Entry, object]]) -> None:
+        for entry, status in sorted(settlements, key=lambda pair: pair[0].ticket):
+            self._buffer.settle([entry], status, keep_readable=self._health.failure is not None)  # type: ignore[arg-type]
+
+    def _finish_seal(self, seal: SealWrite) -> None:
+        """A sealed segment is cut to its size and durable before anything of the next one is committed."""
+        if self._health.failure is not None:
+            return
+        segment = seal.segment
+        try:
+            seal.write.result()
+            segment.file.sync()
+            segment.file.truncate(seal.size_bytes)
+            segment.file.sync()
+            segment.file.close()
+        except OSError as error:
+            self._health.latch(error)
+            return
+        self._segments.resize(segment.segment_id, seal.size_bytes, sealed=True)
+        self.sync_index()
+        self._counters.add("segments_sealed")
+
+    def sync_index(self) -> bool:
+        """Make the index durable; a failure costs a longer recovery, not data. Commit thread only."""
+        try:
+            self._catalog.index.sync()
+        except (IndexWriteError, OSError) as error:
+            self._counters.add("index_write_errors")
+            logger.warning("the index could not be synced: %s. The next open scans more of the log.", error)
+            return False
+        return True
+
+    def _purge_slice(self, namespace: bytes, floor_seq: int, start: bytes | None) -> None:
+        resume = self._catalog.purge(namespace, floor_seq, start, PURGE_ENTRIES)
+        if resume is not None:
+            self._items.put(lambda: self._purge_slice(namespace, floor_seq, resume))
+        else:
+            self._catalog.lower_floor(namespace, floor_seq)

@@ -1,0 +1,141 @@
+"""What a store is opened with: validated once, immutable afterwards."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import time
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from ..format.errors import InvalidConfig
+from ..format.layout import PAGE_BYTES, Codec
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+_UNITS = {"": 1, "b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "tib": 1 << 40, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*\Z")
+
+SEGMENT_BYTES_MIN = 64 * KIB
+SEGMENTS_MIN = 16
+"""A store holds at least this many segments, so that freeing one costs little of the cache."""
+
+
+def parse_bytes(size: int | str, name: str = "size") -> int:
+    """``"200GiB"``, ``"64 MB"`` or a plain number of bytes."""
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        return size
+    match = _SIZE.match(size) if isinstance(size, str) else None
+    unit = _UNITS.get(match.group(2).lower()) if match else None
+    if match is None or unit is None or float(match.group(1)) <= 0:
+        raise InvalidConfig(
+            f"{name} is not a size", expected="a positive number of bytes, or text such as '200GiB' or '64 MB'", actual=repr(size)
+        )
+    return int(float(match.group(1)) * unit)
+
+
+class Clock(Protocol):
+    """Time as the store sees it; tests inject their own."""
+
+    def now_ns(self) -> int:
+        """UTC, nanoseconds since the epoch."""
+        ...
+
+    def monotonic_s(self) -> float:
+        """Seconds that never run backwards."""
+        ...
+
+
+class SystemClock:
+    """UTC read once, then advanced by the monotonic clock: a jump of the wall clock neither resurrects nor expires blocks."""
+
+    def __init__(self) -> None:
+        self._anchor_ns = time.time_ns() - time.monotonic_ns()
+
+    def now_ns(self) -> int:
+        return self._anchor_ns + time.monotonic_ns()
+
+    def monotonic_s(self) -> float:
+        return time.monotonic()
+
+
+@dataclass(frozen=True, slots=True)
+class StoreConfig:
+    """Options of ``kvlode.open``; sizes in bytes, times in seconds. ``StoreConfig.build`` accepts sizes as text."""
+
+    capacity_bytes: int = 64 * GIB
+    """Hard cap on everything below the store's folder."""
+    buffer_bytes: int = GIB
+    """DRAM for blocks on their way to the drive and for recently used ones."""
+    gds: Literal["auto", "require", "off"] = "auto"
+    on_locked: Literal["fail", "wait", "follow"] = "fail"
+    lock_timeout_s: float = 30.0
+    """How long ``on_locked="wait"`` waits for the other writer."""
+    flush_after_s: float = 0.2
+    """Age at which a dirty block is written even though no full batch has gathered."""
+    put_timeout_s: float = 0.0
+    """How long a put waits for room in the buffer before it is refused."""
+    codec: Literal["auto", "raw", "zstd", "planes+zstd"] = "auto"
+    serve_clean: bool = True
+    """Keep written blocks in the buffer while there is room; off when the host has a DRAM cache of its own."""
+    segment_bytes: int | None = None
+    """Size of a segment; ``None`` chooses 32 times the largest block, between 64 MiB and 4 GiB."""
+    batch_bytes: int = 16 * MIB
+    """Raw bytes gathered into one write."""
+    encode_threads: int = dataclasses.field(default_factory=lambda: max(1, os.cpu_count() or 1))
+    io_threads: int = 16
+    bounce_bytes: int = 128 * MIB
+    """Memory for reads in flight."""
+    open_files_max: int = 64
+    reinsert_hits_min: int = 2
+    """Hits since it was written that carry a block forward when its segment is freed; 0 turns reinsertion off."""
+    reclaim_grace_s: float = 5.0
+    """How long a freed segment's file stays while other processes read the store."""
+    index_kind: Literal["rocksdb", "memory"] = "rocksdb"
+    index_cache_bytes: int = 128 * MIB
+
+    def __post_init__(self) -> None:
+        for name in ("lock_timeout_s", "flush_after_s", "put_timeout_s", "reclaim_grace_s"):
+            if getattr(self, name) < 0:
+                raise InvalidConfig(f"{name} is negative", expected=">= 0 seconds", actual=getattr(self, name))
+        for name in ("encode_threads", "io_threads", "open_files_max"):
+            if getattr(self, name) < 1:
+                raise InvalidConfig(f"{name} is too small", expected=">= 1", actual=getattr(self, name))
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise InvalidConfig(f"{name} is unknown", expected=" or ".join(choices), actual=repr(getattr(self, name)))
+        if self.buffer_bytes < MIB:
+            raise InvalidConfig("the buffer is too small", expected="at least 1 MiB", actual=f"{self.buffer_bytes} bytes")
+        if self.segment_bytes is not None and (self.segment_bytes < SEGMENT_BYTES_MIN or self.segment_bytes % PAGE_BYTES):
+            raise InvalidConfig(
+                "segment_bytes cannot be used",
+                expected=f"a multiple of {PAGE_BYTES}, at least {SEGMENT_BYTES_MIN}",
+                actual=self.segment_bytes,
+            )
+
+    @classmethod
+    def build(cls, *, capacity: int | str | None = None, buffer: int | str | None = None, **options: object) -> StoreConfig:
+        """A configuration from the keyword arguments of ``kvlode.open``."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(options) - known)
+        if unknown:
+            raise InvalidConfig(f"unknown option {unknown[0]!r}", expected=f"one of {', '.join(sorted(known))}, capacity, buffer")
+        if capacity is not None:
+            options["capacity_bytes"] = parse_bytes(capacity, "capacity")
+        if buffer is not None:
+            options["buffer_bytes"] = parse_bytes(buffer, "buffer")
+        return cls(**options)  # type: ignore[arg-type]
+
+    @property
+    def forced_codec(self) -> Codec | None:
+        """The codec that was asked for, or ``None`` when sampling decides."""
+        return _CODECS[self.codec]
+
+
+_CHOICES = {
+    "gds": ("auto", "require", "off"),
+    "on_locked": ("fail", "wait", "follow"),
+    "codec": ("auto", "raw", "zstd", "planes+zstd"),
+    "index_kind": ("rocksdb", "memory"),
+}
+_CODECS = {"auto": None, "raw": Codec.RAW, "zstd": Codec.ZSTD, "planes+zstd": Codec.PLANES_ZSTD}

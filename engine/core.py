@@ -1,0 +1,331 @@
+"""One open store: all parts wired together, started, and stopped in the right order.
+
+Threads (all of them own daemons, ended by ``close``): writer, commit, keeper, lookup, plus the pools for encoding,
+decoding, jobs, and the device's I/O. Lock order: keeper, then segments or buffer; nothing is called back under a lock.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..format.errors import DeviceError, FormatError, StoreClosed
+from ..format.keys import key_digest
+from ..format.layout import QUARANTINE_FOLDER
+from ..format.superblock import Superblock
+from ..gds.buffers import SlotPool, aligned_array
+from ..gds.device import Device, DeviceLock
+from ..gds.threads import WorkerPool
+from .buffer import Buffer
+from .catalog import Catalog
+from .commit import CommitThread
+from .config import MIB, Clock, StoreConfig
+from .contract import BlockInfo, Refusal, Status
+from .encoder import Encoder
+from .health import Health
+from .heat import HeatTable
+from .index_entry import IndexEntry
+from .jobs import ReadJob
+from .lookups import LookupCache
+from .namespaces import NamespaceTable
+from .pins import PinTable
+from .policy import HitThreshold
+from .reader import EXTENT_BYTES_MAX, Reader, ReadRequest
+from .reclaim import Budget, Keeper
+from .recovery import Recovered
+from .reinsertion import load_header
+from .segments import SegmentTable
+from .stats import Counters
+from .writer import Sequence as SequenceNumbers
+from .writer import Writer
+
+logger = logging.getLogger("kvlode")
+
+JOB_THREADS = 4
+STAGING_SLOTS = 4
+FOLLOWERS_NAME = "FOLLOWERS"
+
+
+@dataclass(slots=True)
+class Parts:
+    """What opening a store has prepared before its threads start."""
+
+    path: str
+    config: StoreConfig
+    clock: Clock
+    device: Device
+    superblock: Superblock
+    catalog: Catalog
+    segments: SegmentTable
+    heat: HeatTable
+    counters: Counters
+    budget: Budget
+    recovered: Recovered | None
+    """``None`` for a follower: it never writes."""
+    lock: DeviceLock | None
+    catch_up: Callable[[], None] | None = None
+
+
+class Core:
+    """See the module. Its attributes are the parts; ``space`` and ``reading`` work on them."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.path, self.config, self.clock, self.device = parts.path, parts.config, parts.clock, parts.device
+        self.superblock, self.catalog, self.segments, self.heat = parts.superblock, parts.catalog, parts.segments, parts.heat
+        self.counters, self.budget, self.lock = parts.counters, parts.budget, parts.lock
+        self.follower = parts.recovered is None
+        self.health = Health()
+        self.closed_reason: str | None = None
+        self._catch_up = parts.catch_up
+        self._jobs: set[ReadJob] = set()
+        self._jobs_lock = threading.Lock()
+        self.namespaces = NamespaceTable(self.config.forced_codec)
+        recovered = parts.recovered
+        self.sequence = SequenceNumbers(recovered.epoch if recovered else 0)
+        self.buffer = Buffer(
+            aligned_array(self.config.buffer_bytes if not self.follower else MIB),
+            serve_clean=self.config.serve_clean,
+            next_sequence=self.sequence,
+        )
+        self.pins = PinTable(self.config.capacity_bytes, self._stored_bytes)
+        self._encode_pool = WorkerPool("kvlode-encode", self.config.encode_threads)
+        self._decode_pool = WorkerPool("kvlode-decode", self.config.encode_threads)
+        self._job_pool = WorkerPool("kvlode-job", JOB_THREADS)
+        self._bounce = SlotPool(EXTENT_BYTES_MAX, max(self.config.bounce_bytes, EXTENT_BYTES_MAX), page_lock=True)
+        self._staging = SlotPool(self.config.batch_bytes + 2 * MIB, STAGING_SLOTS * (self.config.batch_bytes + 2 * MIB), page_lock=True)
+        self.reader = Reader(
+            self.device,
+            self.segments,
+            self.superblock.store_uuid,
+            self._decode_pool,
+            self._bounce,
+            self.counters,
+            self._on_corrupt,
+            unknown_segments_too=self.follower,
+        )
+        self.lookups = LookupCache(lambda idents: self.live(list(idents)))
+        if recovered is not None:
+            self._wire_writer(recovered)
+        self.lookups.start()
+
+    def _wire_writer(self, recovered: Recovered) -> None:
+        self.commit = CommitThread(self.buffer, self.catalog, self.segments, self.counters, self.health)
+        self.keeper = Keeper(
+            self.config,
+            self.clock,
+            self.segments,
+            self.buffer,
+            self.catalog,
+            self.commit,
+            self.heat,
+            HitThreshold(self.config.reinsert_hits_min),
+            self.counters,
+            self.health,
+            self.budget,
+            store_uuid=self.superblock.store_uuid,
+            epoch=recovered.epoch,
+            next_segment_id=recovered.next_segment_id,
+            namespaces=self.namespaces,
+            pinned=self.pins.__contains__,
+            followers_present=self._followers_present,
+            quarantine_bytes=self._quarantine_bytes,
+        )
+        self.writer = Writer(
+            self.config,
+            self.clock,
+            self.buffer,
+            Encoder(self._encode_pool),
+            self.catalog,
+            self.keeper,
+            self.commit.submit,
+            self._staging,
+            self.sequence,
+            self.counters,
+            self.health,
+        )
+        self.commit.start()
+        for namespace, floor_seq in self.catalog.load_floors().items():
+            self.commit.purge(namespace, floor_seq)
+        self.keeper.start()
+        self.writer.start()
+
+    # --- answers for the other parts ----------------------------------------------------------------------------
+
+    def check_usable(self) -> None:
+        if self.closed_reason is not None:
+            raise StoreClosed(self.closed_reason, where=self.path, action="Open the store again in this process.")
+
+    def refusal(self) -> Refusal | None:
+        """Why a put cannot be accepted now, whatever the block; ``None`` when it can."""
+        if self.follower:
+            return Refusal.READ_ONLY
+        if self.health.failure is not None:
+            return Refusal.STORE_FAILED
+        return Refusal.NO_SPACE if self.keeper.starved else None
+
+    def slot(self, ident: bytes) -> int:
+        """The heat slot of a block."""
+        return self.heat.slot(ident[:16], key_digest(ident[16:]))
+
+    def digest_slot(self, namespace: bytes, digest: bytes) -> int:
+        return self.heat.slot(namespace, digest)
+
+    def live(self, idents: Sequence[bytes]) -> list[bool]:
+        """Presence in the index; a follower first catches up with the writer."""
+        if self._catch_up is not None:
+            self._catch_up()
+        return self.catalog.live(idents, self.clock.now_ns())
+
+    def find(self, idents: Sequence[bytes]) -> list[IndexEntry | None]:
+        if self._catch_up is not None:
+            self._catch_up()
+        return self.catalog.find(idents)
+
+    def _stored_bytes(self, idents: Sequence[bytes]) -> list[int]:
+        return [0 if entry is None else entry.stored_length for entry in self.find(idents)]
+
+    def _followers_present(self) -> bool:
+        lock = self.device.lock(f"{self.path}/{FOLLOWERS_NAME}")
+        if lock is None:
+            return True
+        lock.release()
+        return False
+
+    def _quarantine_bytes(self) -> int:
+        folder = f"{self.path}/{QUARANTINE_FOLDER}"
+        statuses = [self.device.status(f"{folder}/{name}") for name in self.device.list_folder(folder)]
+        return sum(status.allocated_bytes for status in statuses if status is not None)
+
+    def forget_entry(self, ident: bytes, entry: IndexEntry, counter: str) -> None:
+        """Drop an index entry that turned out to be useless, if it still points at that record."""
+        self.counters.add(counter)
+        self.lookups.invalidate(ident)
+        if not self.follower:
+            self.commit.call(lambda: self.catalog.drop_if_at([(ident, entry.segment_id, entry.offset)]))
+
+    def _on_corrupt(self, request: ReadRequest, error: FormatError) -> None:
+        logger.error("block %s is dropped: %s", request.key.hex(), error)
+        self.forget_entry(request.namespace + request.key, request.entry, "corrupt_blocks")
+
+    def block_info(self, ident: bytes) -> BlockInfo | None:
+        """Facts about a block, from the buffer or its header page."""
+        held = self.buffer.acquire(ident)
+        if held is not None:
+            try:
+                durable = 0 < held.ticket <= self.buffer.tickets_settled
+                expires = held.expires_at_ns or None
+                size = held.size_bytes
+                return BlockInfo(size, size, held.written_at_ns, expires, max(held.depth, 0), held.tag, held.meta, durable)
+            finally:
+                self.buffer.release(held)
+        entry = None if self.buffer.hides(ident) else self.find([ident])[0]
+        if entry is None or (entry.expires_at_ns and self.clock.now_ns() >= entry.expires_at_ns):
+            return None
+        try:
+            with self.segments.reading(entry.segment_id) as file:
+                if file is None:
+                    return None
+                header = load_header(file, self.superblock.store_uuid, entry.segment_id, entry.offset)
+        except (FormatError, DeviceError) as error:
+            logger.warning("%s", error)
+            return None
+        expires = header.expires_at_ns or None
+        lengths = header.raw_length, header.stored_length
+        return BlockInfo(*lengths, header.written_at_ns, expires, header.depth, header.tag, header.meta, durable=True)
+
+    # --- jobs -------------------------------------------------------------------------------------------------
+
+    def start_job(self, job: ReadJob, work: Callable[[], Any]) -> None:
+        """Run a job's work on the job pool; a defect settles the job instead of leaving it without an answer."""
+        with self._jobs_lock:
+            self._jobs = {running for running in self._jobs if not running.done()}
+            self._jobs.add(job)
+        self._job_pool.submit(self._run_job, job, work)
+
+    def _run_job(self, job: ReadJob, work: Callable[[], Any]) -> None:
+        try:
+            work()
+        except Exception as error:
+            logger.exception("a read job failed: %s", error)
+            for position in range(len(job.statuses)):
+                job.settle(position, Status.IO_ERROR)
+
+    # --- flushing and closing -----------------------------------------------------------------------------------
+
+    def flush(self, timeout_s: float | None) -> bool:
+        """Everything accepted before the call is durable, the index included. False: too late, or blocks were dropped."""
+        if self.follower:
+            return True
+        if not self.buffer.wait_settled(self.buffer.tickets_queued, timeout_s):
+            return False
+        if self.health.failure is None:
+            self.commit.call(self.commit.sync_index).result(timeout_s)
+        return self.buffer.take_dropped() == 0 and self.health.failure is None
+
+    def close(self, timeout_s: float | None) -> bool:
+        """Stop everything in order. False when the deadline passed: what still runs is left behind, never cut short."""
+        self.closed_reason = "the store is closed"
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        done = all(job.wait(_remaining(deadline_s)) for job in list(self._jobs))
+        done = self.lookups.stop(_remaining(deadline_s)) and done
+        if not self.follower:
+            done = self.writer.stop(_remaining(deadline_s)) and done
+            done = self.keeper.stop(_remaining(deadline_s)) and done
+            if done:
+                self.commit.call(self.commit.sync_index)
+            done = self.commit.stop(_remaining(deadline_s)) and done
+        for pool in (self._job_pool, self._decode_pool, self._encode_pool):
+            done = pool.shutdown(_remaining(deadline_s)) and done
+        if not done:
+            logger.warning("store %s did not stop in time; its threads and files are left to the end of the process", self.path)
+            return False
+        self._release()
+        return True
+
+    def _release(self) -> None:
+        self.segments.close_files()
+        self.catalog.index.close()
+        self.heat.close()
+        self._bounce.close()
+        self._staging.close()
+        if self.lock is not None:
+            self.lock.release()
+        self.device.close()
+
+    def stats(self) -> dict[str, Any]:
+        """Plain values for people and metrics."""
+        segments = self.segments.all()
+        used = self.keeper.used_bytes() if not self.follower else self.segments.total_bytes()
+        return {
+            "path": self.path,
+            "store_uuid": self.superblock.store_uuid.hex(),
+            "role": "follower" if self.follower else "writer",
+            "failure": None if self.health.failure is None else str(self.health.failure),
+            "capacity_bytes": self.config.capacity_bytes,
+            "used_bytes": used + self.budget.fixed_bytes + self.catalog.index.size_bytes(),
+            "segments": {
+                "count": len(segments),
+                "sealed": sum(s.sealed for s in segments),
+                "leaving": sum(s.retired_at_s is not None for s in segments),
+                "bytes": sum(s.size_bytes for s in segments),
+            },
+            "index": {"size_bytes": self.catalog.index.size_bytes(), "waiting_changes": self.catalog.waiting_changes},
+            "buffer": self.buffer.usage(),
+            "io_paths": {kind: str(path) for kind, path in self.device.paths().items()},
+            "io": {str(path): _counter_values(counter) for path, counter in self.device.counters().items()},
+            "counters": self.counters.snapshot(),
+        }
+
+
+def _counter_values(counter: Any) -> dict[str, int]:
+    return {name: getattr(counter, name) for name in ("reads", "read_bytes", "writes", "write_bytes")}
+
+
+def _remaining(deadline_s: float | None) -> float | None:
+    return None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
+
+

@@ -1,0 +1,333 @@
+"""Opening after a crash: seal what was torn, tell the index what it missed, choose the next epoch.
+
+What the index knows is bounded by its checkpoint, so only the log after that place is read (at most two segments while
+the writer keeps up). Without a usable index the same code reads all segments, mostly their seals.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ..format.errors import CorruptRecord, DeviceError, FormatError
+from ..format.layout import PAGE_BYTES, RecordType, parse_segment_name
+from ..format.record import RecordHeader
+from ..format.seal import SealBuilder, SealTable, Trailer
+from ..format.segment import SegmentHeader
+from ..format.walk import find_seal, walk_unsealed
+from ..gds.buffers import aligned_array
+from ..gds.device import Device, DeviceFile
+from .catalog import Catalog, Checkpoint
+from .config import Clock
+from .index_entry import pack_table
+from .reinsertion import check_payload, file_reader
+from .segment_writer import index_entry
+from .segments import Segment, SegmentTable
+from .stats import Counters
+
+logger = logging.getLogger("kvlode")
+
+CHANGES_PER_APPLY = 4096
+EPOCH_SHIFT = 40
+
+
+@dataclass(slots=True)
+class SegmentFile:
+    """A segment as found on disk at open. ``header`` is ``None`` when its page is damaged or was never written."""
+
+    segment_id: int
+    size_bytes: int
+    header: SegmentHeader | None
+    table: SealTable | None
+    """The table of contents of a sealed segment; loaded only where recovery needs it."""
+    sealed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """Where writing goes on."""
+
+    epoch: int
+    next_segment_id: int
+    records_scanned: int
+
+
+Changes = dict[bytes, bytes | None]
+
+
+def list_segments(device: Device, folder: str, store_uuid: bytes) -> list[SegmentFile]:
+    """The segments of a store, oldest first. Removes a left-over spare and files that an earlier open had already freed."""
+    found: list[SegmentFile] = []
+    for name in device.list_folder(folder):
+        segment_id = parse_segment_name(name)
+        if segment_id is None:
+            if name.endswith(".new"):
+                device.remove(f"{folder}/{name}")
+            continue
+        found.append(_look_at(device, f"{folder}/{name}", segment_id, store_uuid))
+    found.sort(key=lambda segment: segment.segment_id)
+    first_live = max((s.header.first_live_segment for s in found if s.header is not None), default=0)
+    for leftover in [s for s in found if s.segment_id < first_live]:
+        logger.info("segment %016x was freed before; its removal had not reached the drive", leftover.segment_id)
+        device.remove(f"{folder}/{leftover.segment_id:016x}.seg")
+    return [segment for segment in found if segment.segment_id >= first_live]
+
+
+def _look_at(device: Device, path: str, segment_id: int, store_uuid: bytes) -> SegmentFile:
+    file = device.open(path, "read")
+    try:
+        size_bytes = file.status().size_bytes
+        page = aligned_array(PAGE_BYTES)
+        count = file.read(0, [page]).result()
+        header = None
+        try:
+            header = SegmentHeader.parse(page[:count], where=path)
+        except FormatError as error:
+            logger.info("%s", error)
+        if header is not None and (header.store_uuid, header.segment_id) != (store_uuid, segment_id):
+            header = None
+        return SegmentFile(segment_id, size_bytes, header, None, _is_sealed(file, size_bytes, segment_id, store_uuid))
+    finally:
+        file.close()
+
+
+def _is_sealed(file: DeviceFile, size_bytes: int, segment_id: int, store_uuid: bytes) -> bool:
+    if size_bytes < 2 * PAGE_BYTES or size_bytes % PAGE_BYTES:
+        return False
+    page = aligned_array(PAGE_BYTES)
+    count = file.read(size_bytes - PAGE_BYTES, [page]).result()
+    try:
+        trailer = Trailer.parse(page[:count], where=file.path)
+    except FormatError:
+        return False
+    return (trailer.store_uuid, trailer.segment_id) == (store_uuid, segment_id)
+
+
+def recover(
+    device: Device,
+    segments: SegmentTable,
+    catalog: Catalog,
+    store_uuid: bytes,
+    listing: list[SegmentFile],
+    clock: Clock,
+    counters: Counters,
+    *,
+    rebuild: bool = False,
+) -> Recovered | None:
+    """Bring index and log together. ``None``: the index belongs to another store or is damaged; call again with a fresh one."""
+    checkpoint = None
+    if not rebuild:
+        identity = catalog.identity()
+        if (identity is not None and identity != store_uuid) or catalog.index.damaged():
+            return None
+        checkpoint = catalog.checkpoint()
+    changes: Changes = dict([Catalog.identity_change(store_uuid)])
+    scanned = 0
+    sequence = checkpoint.sequence if checkpoint else 0
+    end = checkpoint
+    for found in listing:
+        tail = _TailScan(device, segments, store_uuid, found, checkpoint, clock, counters)
+        for part in tail.changes():
+            changes.update(part)
+            if len(changes) >= CHANGES_PER_APPLY:
+                catalog.change(changes)
+                changes = {}
+        scanned += tail.records
+        sequence = max(sequence, tail.sequence)
+        if tail.end_offset and (end is None or found.segment_id >= end.segment_id):
+            end = Checkpoint(found.segment_id, tail.end_offset, sequence)
+    if end is not None:
+        key, value = Catalog.checkpoint_change(end)
+        changes[key] = value
+    catalog.change(changes)
+    catalog.index.sync()
+    counters.add("recovered_records", scanned)
+    epochs = [found.header.epoch for found in listing if found.header is not None]
+    epoch = max([sequence >> EPOCH_SHIFT, *epochs], default=0) + 1
+    next_segment_id = max([found.segment_id for found in listing] + ([end.segment_id] if end else [])) + 1 if listing or end else 1
+    return Recovered(epoch, next_segment_id, scanned)
+
+
+class _TailScan:
+    """What one segment says that the index may not know. Iterate ``changes`` first; the other attributes are set then."""
+
+    def __init__(
+        self,
+        device: Device,
+        segments: SegmentTable,
+        store_uuid: bytes,
+        found: SegmentFile,
+        checkpoint: Checkpoint | None,
+        clock: Clock,
+        counters: Counters,
+    ) -> None:
+        self._device = device
+        self._segments = segments
+        self._store_uuid = store_uuid
+        self._found = found
+        self._checkpoint = checkpoint
+        self._clock = clock
+        self._counters = counters
+        self.records = 0
+        self.sequence = 0
+        self.end_offset = 0
+
+    def changes(self) -> Iterator[Changes]:
+        found = self._found
+        if not found.sealed:
+            yield from self._unsealed()
+            return
+        self._segments.add(Segment(found.segment_id, found.size_bytes, sealed=True))
+        start = self._start_offset()
+        if start < found.size_bytes:
+            yield from self._sealed(start)
+
+    def _start_offset(self) -> int:
+        """First byte of this segment that the checkpoint does not cover."""
+        checkpoint, segment_id = self._checkpoint, self._found.segment_id
+        if checkpoint is None or segment_id > checkpoint.segment_id:
+            return 0
+        return checkpoint.offset if segment_id == checkpoint.segment_id else self._found.size_bytes
+
+    def _sealed(self, start: int) -> Iterator[Changes]:
+        found = self._found
+        file = self._device.open(self._segments.path(found.segment_id), "read")
+        try:
+            table = self._table(file)
+            if table is None:
+                self._counters.add("damaged_segments")
+                headers = list(self._headers(file, durable_bytes=found.size_bytes))
+                yield from self._from_headers([header for header in headers if header.offset >= start])
+                return
+        finally:
+            file.close()
+        rows = np.flatnonzero(table.page.astype(np.uint64) * PAGE_BYTES >= start)
+        self.records = len(rows)
+        if len(rows):
+            self.sequence = int(max(table.record_seq[rows].max(), table.version_seq[rows].max()))
+        self.end_offset = found.size_bytes
+        yield _table_changes(table, rows, found.segment_id)
+
+    def _table(self, file: DeviceFile) -> SealTable | None:
+        found = self._found
+        try:
+            sealed = find_seal(file_reader(file), found.size_bytes, store_uuid=self._store_uuid, segment_id=found.segment_id)
+        except FormatError as error:
+            logger.error("%s", error)
+            return None
+        return None if sealed is None else sealed[1]
+
+    # --- segments that a crash left open ----------------------------------------------------------------------------
+
+    def _unsealed(self) -> Iterator[Changes]:
+        found = self._found
+        path = self._segments.path(found.segment_id)
+        file = self._device.open(path, "write")
+        try:
+            headers = self._intact(file, list(self._headers(file, durable_bytes=self._start_offset())))
+            if not headers:
+                self._device.remove(path)  # created, never used: its id is not given out again
+                return
+            size_bytes = self._seal(file, headers)
+        finally:
+            file.close()
+        self._segments.add(Segment(found.segment_id, size_bytes, sealed=True))
+        self._counters.add("recovered_segments")
+        start = self._start_offset()
+        yield from self._from_headers([header for header in headers if header.offset >= start])
+        self.sequence = max(self.sequence, *(max(h.record_seq, h.version_seq) for h in headers))
+        self.end_offset = size_bytes
+
+    def _headers(self, file: DeviceFile, *, durable_bytes: int) -> Iterator[RecordHeader]:
+        found = self._found
+        return walk_unsealed(
+            file_reader(file), size_bytes=found.size_bytes, durable_bytes=durable_bytes, store_uuid=self._store_uuid, segment_id=found.segment_id
+        )
+
+    def _intact(self, file: DeviceFile, headers: list[RecordHeader]) -> list[RecordHeader]:
+        """The records up to the first one whose payload did not arrive; what was known durable is not read again."""
+        durable_bytes = max([self._start_offset(), *(header.synced_bytes for header in headers)])
+        for position, header in enumerate(headers):
+            if header.offset < durable_bytes:
+                continue
+            try:
+                self._read_payload(file, header)
+            except (CorruptRecord, DeviceError) as error:
+                logger.info("torn tail of segment %016x: %s", header.segment_id, error)
+                return headers[:position]
+        return headers
+
+    @staticmethod
+    def _read_payload(file: DeviceFile, header: RecordHeader) -> None:
+        payload_bytes = header.record_bytes - PAGE_BYTES
+        if payload_bytes and len(header.stripes):
+            payload = aligned_array(payload_bytes)
+            count = file.read(header.offset + PAGE_BYTES, [payload]).result()
+            check_payload(header, payload[:count])
+
+    def _seal(self, file: DeviceFile, headers: list[RecordHeader]) -> int:
+        """Write the seal after the last record, cut the file there, make both durable; returns the new size."""
+        builder = SealBuilder()
+        for header in headers:
+            builder.add(header)
+        last = headers[-1]
+        offset = last.offset + last.record_bytes
+        packed = builder.pack(
+            store_uuid=self._store_uuid,
+            segment_id=self._found.segment_id,
+            epoch=last.epoch,
+            offset=offset,
+            record_seq=last.record_seq + 1,
+            synced_bytes=offset,
+            written_at_ns=self._clock.now_ns(),
+        )
+        area = aligned_array(len(packed))
+        area[: len(packed)] = memoryview(packed)
+        file.write(offset, [area[: len(packed)]]).result()
+        file.truncate(offset + len(packed))
+        file.sync()
+        return offset + len(packed)
+
+    def _from_headers(self, headers: list[RecordHeader]) -> Iterator[Changes]:
+        changes: Changes = {}
+        for header in headers:
+            _apply(changes, header)
+            self.sequence = max(self.sequence, header.record_seq, header.version_seq)
+        self.records += len(headers)
+        yield changes
+
+
+def _apply(changes: Changes, header: RecordHeader) -> None:
+    """One record's effect on the index, in log order."""
+    if header.record_type is RecordType.BLOCK:
+        entry = index_entry(header)
+        assert entry is not None
+        changes[header.namespace + header.key] = entry.pack()
+    elif header.record_type is RecordType.TOMBSTONE:
+        changes[header.namespace + header.key] = None
+    elif header.record_type is RecordType.NAMESPACE_DROP:
+        _apply_drop(changes, header.namespace, header.version_seq)
+
+
+def _apply_drop(changes: Changes, namespace: bytes, floor_seq: int) -> None:
+    key, value = Catalog.floor_change(namespace, floor_seq)
+    changes[key] = value
+
+
+def _table_changes(table: SealTable, rows: npt.NDArray[np.intp], segment_id: int) -> Changes:
+    """The effect of rows of a table of contents, in log order."""
+    changes: Changes = {}
+    for row, value in zip(rows, pack_table(table, segment_id, rows), strict=True):
+        kind = table.type[row]
+        ident = bytes(table.namespace[row]) + table.key(int(row))
+        if kind == RecordType.BLOCK:
+            changes[ident] = value
+        elif kind == RecordType.TOMBSTONE:
+            changes[ident] = None
+        elif kind == RecordType.NAMESPACE_DROP:
+            _apply_drop(changes, ident[:16], int(table.version_seq[row]))
+    return changes

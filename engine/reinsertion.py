@@ -1,0 +1,68 @@
+"""Copying a stored record forward: read it whole, check every byte, carry it through the writer's queue as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..format.checksum import xxh3_64
+from ..format.errors import CorruptRecord
+from ..format.layout import PAGE_BYTES
+from ..format.record import RecordHeader, check_place, stripe_offsets
+from ..gds.buffers import aligned_array
+from ..gds.device import DeviceFile
+from .arena import Bytes
+
+
+@dataclass(slots=True)
+class Reinsertion:
+    """A record to copy forward: its header as read and its payload as stored (page padded)."""
+
+    header: RecordHeader
+    payload: Bytes
+    still_wanted: Callable[[], bool]
+
+
+def file_reader(file: DeviceFile) -> Callable[[int, int], memoryview]:
+    """A blocking read function over a device file, as the format's walkers want it; short at the end of the file."""
+
+    def read(offset: int, length: int) -> memoryview:
+        start = offset - offset % PAGE_BYTES
+        area = aligned_array(-(-(offset + length - start) // PAGE_BYTES) * PAGE_BYTES)
+        count = file.read(start, [area]).result()
+        return memoryview(area)[offset - start : min(count, offset - start + length)]
+
+    return read
+
+
+def load_header(file: DeviceFile, store_uuid: bytes, segment_id: int, offset: int) -> RecordHeader:
+    """The checked header page of a record. Raises ``CorruptRecord`` or ``DeviceError``."""
+    page = aligned_array(PAGE_BYTES)
+    where = f"segment {segment_id:016x} offset {offset}"
+    count = file.read(offset, [page]).result()
+    if count < PAGE_BYTES:
+        raise CorruptRecord("record-truncated", where=where, expected=f"{PAGE_BYTES} bytes", actual=count)
+    header = RecordHeader.parse(page, where=where)
+    check_place(header, store_uuid, segment_id, offset)
+    return header
+
+
+def load_record(file: DeviceFile, store_uuid: bytes, segment_id: int, offset: int) -> tuple[RecordHeader, Bytes]:
+    """A record's header and stored payload, every stripe checked: reclaim never launders damage into a fresh copy."""
+    header = load_header(file, store_uuid, segment_id, offset)
+    payload = aligned_array(header.record_bytes - PAGE_BYTES)
+    if payload.size:
+        count = file.read(offset + PAGE_BYTES, [payload]).result()
+        check_payload(header, payload[:count])
+    return header, payload
+
+
+def check_payload(header: RecordHeader, payload: Bytes) -> None:
+    """Check the stripes of a stored payload. Raises ``CorruptRecord``."""
+    where = f"segment {header.segment_id:016x} offset {header.offset}"
+    if payload.size < header.stored_length:
+        raise CorruptRecord("record-truncated", where=where, expected=f"{header.stored_length} bytes", actual=payload.size)
+    for stripe, start in zip(header.stripes, stripe_offsets(header.stripes), strict=True):
+        actual = xxh3_64(payload[int(start) : int(start) + int(stripe["stored_length"])])
+        if actual != int(stripe["checksum"]):
+            raise CorruptRecord("stripe-checksum", where=where, expected=f"{int(stripe['checksum']):016x}", actual=f"{actual:016x}")

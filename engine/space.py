@@ -1,0 +1,313 @@
+"""The put/get surface of one namespace of a store on disk (``contract.BlockSpace``)."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import xxhash
+
+from ..format.checksum import xxh3_64
+from ..format.errors import InvalidBlock, InvalidConfig, StoreFailed
+from ..format.keys import check_key, check_meta, key_digest, tag_digest
+from ..format.layout import ZERO_DIGEST
+from ..format.namespace import Namespace
+from .blocks import BlockView, copy_spans, cut_spans, view_block
+from .buffer import Entry, Kind
+from .contract import Block, BlockInfo, PutStatus, Refusal, Status
+from .jobs import ACCEPTED, EXISTS, ReadJob, WriteJob, refused
+from .namespaces import NamespaceState
+from .reading import read_blocks
+
+if TYPE_CHECKING:
+    from .core import Core
+
+COPY_PIECE_BYTES = 256 << 10
+"""Blocks are copied and hashed in pieces of this size, so that the hash reads what is still in the CPU's cache."""
+MATCH_BATCHES = (64, 256, 1024)
+
+
+class Space:
+    """See ``contract.BlockSpace``. Made by ``DiskStore.namespace``."""
+
+    def __init__(self, core: Core, state: NamespaceState) -> None:
+        self._core = core
+        self._state = state
+        self.descriptor: Namespace = state.descriptor
+        self.digest = state.digest
+
+    # --- putting ----------------------------------------------------------------------------------------------
+
+    def put(
+        self,
+        key: bytes,
+        block: Block,
+        *,
+        parent: bytes | None = None,
+        ttl: float | None = None,
+        tag: str | bytes | None = None,
+        meta: bytes = b"",
+    ) -> PutStatus:
+        self._core.check_usable()
+        view = self._checked_view(key, block)
+        entry = self._entry(key, parent, ttl, tag, meta)
+        if self._present([entry.ident])[0]:
+            self.touch([key])
+            return EXISTS
+        return self._put_one(entry, view, copy=True)
+
+    def submit_put(
+        self,
+        keys: Sequence[bytes],
+        blocks: Sequence[Block],
+        *,
+        parent: bytes | None = None,
+        ttl: float | None = None,
+        tag: str | bytes | None = None,
+        metas: Sequence[bytes] | None = None,
+        own: Literal["copy", "borrow"] = "copy",
+        chained: bool = True,
+        queue: Any | None = None,
+    ) -> WriteJob:
+        self._core.check_usable()
+        if len(keys) != len(blocks) or (metas is not None and len(metas) != len(keys)):
+            raise InvalidConfig("keys, blocks and metas differ in number", expected=len(keys), actual=len(blocks))
+        if own not in ("copy", "borrow"):
+            raise InvalidConfig("own is unknown", expected="'copy' or 'borrow'", actual=repr(own))
+        views = [self._checked_view(key, block) for key, block in zip(keys, blocks, strict=True)]
+        parents = [parent, *keys[:-1]] if chained else [parent] * len(keys)
+        metas = metas if metas is not None else [b""] * len(keys)
+        entries = [self._entry(key, above, ttl, tag, meta) for key, above, meta in zip(keys, parents, metas, strict=True)]
+        present = self._present([entry.ident for entry in entries])
+        self.touch([key for key, known in zip(keys, present, strict=True) if known])
+        borrow = own == "borrow"
+        job = WriteJob(len(keys), queue, borrow=borrow)
+        for position, (entry, view, known) in enumerate(zip(entries, views, present, strict=True)):
+            entry.on_settled = job.settler(position)
+            job.decide(position, EXISTS if known else self._put_one(entry, view, copy=not borrow or view.is_device))
+        return job
+
+    def _checked_view(self, key: bytes, block: Block) -> BlockView:
+        check_key(key)
+        view = view_block(block, writable=False, dtype=self.descriptor.dtype)
+        if view.nbytes > self.descriptor.block_bytes_max:
+            raise InvalidBlock(
+                "block too large for its namespace",
+                where=f"key {key.hex()}",
+                expected=f"at most {self.descriptor.block_bytes_max} bytes (block_bytes_max)",
+                actual=f"{view.nbytes} bytes",
+                action="Open the namespace with a larger block_bytes_max.",
+            )
+        return view
+
+    def _entry(self, key: bytes, parent: bytes | None, ttl: float | None, tag: str | bytes | None, meta: bytes) -> Entry:
+        check_meta(meta)
+        now_ns = self._core.clock.now_ns()
+        entry = Entry(Kind.BLOCK, self._state, key, written_at_ns=now_ns)
+        entry.meta = bytes(meta)
+        entry.tag = tag_digest(tag)
+        if ttl is not None:
+            if not (ttl > 0 and math.isfinite(ttl)):
+                raise InvalidConfig("ttl cannot be used", expected="a positive number of seconds, or None", actual=ttl)
+            entry.expires_at_ns = now_ns + int(ttl * 1e9)
+        if parent is not None:
+            check_key(parent)
+            entry.parent, entry.parent_key = key_digest(parent), bytes(parent)
+        return entry
+
+    def _put_one(self, entry: Entry, view: BlockView, *, copy: bool) -> PutStatus:
+        core = self._core
+        reason = core.refusal()
+        if reason is not None:
+            core.counters.add("refused_puts")
+            return refused(reason)
+        if entry.parent_key is not None:
+            above = core.buffer.entries.get(self.digest + entry.parent_key)
+            entry.depth = above.depth + 1 if above is not None and above.kind is Kind.BLOCK and above.depth >= 0 else -1
+        try:
+            reserved = core.buffer.reserve(entry, view.nbytes, core.config.put_timeout_s, own_memory=copy)
+            if reserved:
+                entry.raw_checksum = _fill(entry, view) if copy else _lend(entry, view)
+                core.lookups.invalidate(entry.ident)
+                core.buffer.publish(entry)
+        except BaseException:  # an interrupt in the middle of the copy must not leave a half-filled block behind
+            core.buffer.withdraw(entry)
+            raise
+        if reserved is None:
+            return EXISTS
+        if not reserved:
+            core.counters.add_many({"refused_puts": 1, "refused_buffer_full": 1})
+            return refused(Refusal.BUFFER_FULL)
+        core.heat.link(core.slot(entry.ident), core.digest_slot(self.digest, entry.parent) if entry.parent != ZERO_DIGEST else 0)
+        core.counters.add_many({"put_blocks": 1, "put_bytes": view.nbytes})
+        return ACCEPTED
+
+    # --- looking up -------------------------------------------------------------------------------------------
+
+    def match_prefix(self, keys: Sequence[bytes]) -> int:
+        self._core.check_usable()
+        matched = 0
+        batch_sizes = iter(MATCH_BATCHES)
+        while matched < len(keys):
+            batch = keys[matched : matched + next(batch_sizes, MATCH_BATCHES[-1])]
+            found = self._present([self.digest + key for key in batch])
+            if not all(found):
+                return matched + found.index(False)
+            matched += len(batch)
+        return matched
+
+    def contains(self, keys: Sequence[bytes]) -> list[bool]:
+        self._core.check_usable()
+        return self._present([self.digest + key for key in keys])
+
+    def _present(self, idents: list[bytes]) -> list[bool]:
+        """Presence of each key: the buffer's word first, the index's for the rest."""
+        core = self._core
+        now_ns = core.clock.now_ns()
+        entries = core.buffer.entries
+        if not entries:
+            return core.catalog.live(idents, now_ns)
+        answers: list[bool | None] = [self._buffered(entries.get(ident), now_ns) for ident in idents]
+        unknown = [position for position, answer in enumerate(answers) if answer is None]
+        for position, live in zip(unknown, core.catalog.live([idents[p] for p in unknown], now_ns) if unknown else (), strict=True):
+            answers[position] = live
+        return [bool(answer) for answer in answers]
+
+    def _buffered(self, entry: Entry | None, now_ns: int) -> bool | None:
+        if entry is None:
+            return None
+        return self._core.buffer.readable(entry) and (entry.expires_at_ns == 0 or now_ns < entry.expires_at_ns)
+
+    def lookup_nowait(self, keys: Sequence[bytes]) -> list[Status]:
+        self._core.check_usable()
+        core = self._core
+        now_ns = core.clock.now_ns()
+        idents = [self.digest + key for key in keys]
+        buffered = [self._buffered(core.buffer.entries.get(ident), now_ns) for ident in idents]
+        asked = iter(core.lookups.ask([ident for ident, known in zip(idents, buffered, strict=True) if known is None]))
+        return [next(asked) if known is None else (Status.HIT if known else Status.MISS) for known in buffered]
+
+    # --- getting ----------------------------------------------------------------------------------------------
+
+    def submit_get(self, keys: Sequence[bytes], outs: Sequence[Block], *, stream: Any | None = None, queue: Any | None = None) -> ReadJob:
+        self._core.check_usable()
+        views = self._destinations(keys, outs)
+        job = ReadJob(len(keys), queue)
+        self._core.start_job(job, lambda: read_blocks(self._core, self.digest, job, keys, views, direct=True, stream=stream))
+        return job
+
+    def get_into(self, key: bytes, out: Block, *, timeout: float | None = None) -> Status:
+        return self.get_many_into([key], [out], timeout=timeout)[0]
+
+    def get_many_into(self, keys: Sequence[bytes], outs: Sequence[Block], *, timeout: float | None = None) -> list[Status]:
+        core = self._core
+        core.check_usable()
+        views = self._destinations(keys, outs)
+        job = ReadJob(len(keys))
+        if timeout is None:
+            pending = read_blocks(core, self.digest, job, keys, views, direct=True, inline=True)
+            if pending is not None:
+                core.start_job(job, pending)
+                try:
+                    job.wait()
+                except BaseException:
+                    job.cancel()  # the destinations are the caller's again only when no I/O targets them
+                    raise
+        else:
+            core.start_job(job, lambda: read_blocks(core, self.digest, job, keys, views, direct=False))
+            try:
+                finished = job.wait(timeout)
+            except BaseException:
+                job.abandon()
+                raise
+            if not finished:
+                job.abandon()
+        return list(job.statuses)
+
+    def _destinations(self, keys: Sequence[bytes], outs: Sequence[Block]) -> list[BlockView]:
+        if len(keys) != len(outs):
+            raise InvalidConfig("keys and destinations differ in number", expected=len(keys), actual=len(outs))
+        for key in keys:
+            check_key(key)
+        return [view_block(out, writable=True, dtype=self.descriptor.dtype) for out in outs]
+
+    def info(self, keys: Sequence[bytes]) -> list[BlockInfo | None]:
+        self._core.check_usable()
+        return [self._core.block_info(self.digest + key) for key in keys]
+
+    # --- keeping and removing -----------------------------------------------------------------------------------
+
+    def touch(self, keys: Sequence[bytes]) -> None:
+        self._core.check_usable()
+        if keys:
+            self._core.heat.credit([self._core.slot(self.digest + key) for key in keys])
+
+    @contextlib.contextmanager
+    def pin(self, keys: Sequence[bytes]) -> Iterator[int]:
+        self._core.check_usable()
+        idents = [self.digest + key for key in keys]
+        held = self._core.pins.hold(idents)
+        try:
+            present = self._present(idents)
+            yield sum(1 for ident, here in zip(idents, present, strict=True) if here and ident in held)
+        finally:
+            self._core.pins.release(held)
+
+    def delete(self, keys: Sequence[bytes]) -> int:
+        self._core.check_usable()
+        self._check_writable("delete")
+        idents = [self.digest + key for key in keys]
+        present = self._present(idents)
+        for key, here in zip(keys, present, strict=True):
+            if here:
+                entry = Entry(Kind.TOMBSTONE, self._state, key, written_at_ns=self._core.clock.now_ns())
+                self._core.lookups.invalidate(entry.ident)
+                self._core.buffer.enqueue_tombstone(entry)
+        self._core.counters.add("deleted_blocks", sum(present))
+        return sum(present)
+
+    def drop(self) -> None:
+        self._core.check_usable()
+        self._check_writable("drop")
+        entry = Entry(Kind.DROP, self._state, b"", written_at_ns=self._core.clock.now_ns())
+        self._core.buffer.enqueue_drop(entry, self._core.catalog.raise_floor)
+        self._core.lookups.clear()
+        self._core.counters.add("dropped_namespaces")
+
+    def _check_writable(self, operation: str) -> None:
+        reason = self._core.refusal()
+        if reason in (Refusal.READ_ONLY, Refusal.STORE_FAILED):
+            raise StoreFailed(
+                f"{operation} needs a store that can write",
+                where=self._core.path,
+                expected="an open writer",
+                actual=str(reason),
+                action="Open the store for writing, or close and reopen it after a failure.",
+            )
+
+
+def _fill(entry: Entry, view: BlockView) -> int:
+    """Copy a block into its buffer memory and hash what arrived there; the last page is padded with zeros."""
+    spans = entry.spans
+    padded_bytes = sum(span.size for span in spans)
+    for tail in cut_spans(spans, view.nbytes, padded_bytes):
+        tail[:] = 0
+    if view.is_device:
+        view.copy_to_host(cut_spans(spans, 0, view.nbytes))
+        return xxh3_64(*cut_spans(spans, 0, view.nbytes))
+    hasher = xxhash.xxh3_64()
+    for start in range(0, view.nbytes, COPY_PIECE_BYTES):
+        stop = min(start + COPY_PIECE_BYTES, view.nbytes)
+        pieces = cut_spans(spans, start, stop)
+        copy_spans(view.slice(start, stop), pieces)
+        for piece in pieces:
+            hasher.update(piece)
+    return int(hasher.intdigest())
+
+
+def _lend(entry: Entry, view: BlockView) -> int:
+    """Use the caller's memory as the block until the job is done."""
+    entry.spans = tuple(view.spans)
+    return xxh3_64(*view.spans)

@@ -1,0 +1,392 @@
+"""Opening a store on disk, and the handle that the host gets."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..format.errors import DeviceError, InvalidConfig, StoreLocked, UnsupportedFormat
+from ..format.layout import INDEX_FOLDER, LOCK_NAME, PAGE_BYTES, QUARANTINE_FOLDER, SEGMENTS_FOLDER, STRIPE_BYTES_DEFAULT, SUPERBLOCK_NAME
+from ..format.namespace import Namespace
+from ..format.superblock import Superblock
+from ..gds.buffers import aligned_array
+from ..gds.device import Device, DeviceLock
+from ..gds.probe import open_device
+from .catalog import Catalog
+from .config import MIB, Clock, StoreConfig, SystemClock
+from .core import FOLLOWERS_NAME, Core, Parts
+from .follower import open_follower_index
+from .heat import HeatTable
+from .index import Index, IndexDamaged
+from .index_memory import MemoryIndex
+from .index_rocksdb import RocksIndex, set_aside
+from .reclaim import Budget, segment_bytes_for
+from .recovery import list_segments, recover
+from .registry import check_same_options, registry
+from .segments import SegmentTable
+from .space import Space
+from .stats import Counters
+
+logger = logging.getLogger("kvlode")
+
+LOG_BYTES = 4 * MIB
+WAL_BYTES_MAX = 32 * MIB
+FREE_BYTES_MIN = 16 * MIB
+LOCK_POLL_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """What tests replace: the device, the clock, and the index of a store."""
+
+    device: Device | None = None
+    clock: Clock | None = None
+    index: Index | None = None
+
+
+class DiskStore:
+    """A store on disk (``contract.Store``). Made by ``kvlode.open`` and ``kvlode.follow``; thread-safe.
+
+    Opening the same folder again in one process gives the same handle; it closes with the last ``close``.
+    """
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._opens = 1
+        self._lock = threading.Lock()
+        self._spaces: dict[bytes, Space] = {}
+        self._closed_well = False
+
+    @property
+    def path(self) -> str:
+        return self._core.path
+
+    @property
+    def config(self) -> StoreConfig:
+        return self._core.config
+
+    def namespace(self, descriptor: Namespace) -> Space:
+        """See ``contract.Store.namespace``. Raises ``InvalidConfig`` when the store is too small for one such block."""
+        self._core.check_usable()
+        if not isinstance(descriptor, Namespace):
+            raise InvalidConfig("namespace takes a kvlode.Namespace", expected="Namespace", actual=type(descriptor).__name__)
+        if not self._core.follower:
+            self._check_block_fits(descriptor)
+            self._core.keeper.register_block_bytes(descriptor.block_bytes_max)
+        with self._lock:
+            space = self._spaces.get(descriptor.digest)
+            if space is None:
+                space = self._spaces[descriptor.digest] = Space(self._core, self._core.namespaces.register(descriptor))
+            return space
+
+    def _check_block_fits(self, descriptor: Namespace) -> None:
+        core = self._core
+        needed = descriptor.block_bytes_max + 16 * PAGE_BYTES
+        segment_bytes = segment_bytes_for(core.config, core.budget, descriptor.block_bytes_max)
+        if needed > segment_bytes:
+            raise InvalidConfig(
+                "the store is too small for a block of this namespace",
+                where=core.path,
+                expected=f"segments of at least {needed} bytes (capacity {16 * needed + core.budget.fixed_bytes} or more)",
+                actual=f"segments of {segment_bytes} bytes (capacity {core.config.capacity_bytes})",
+                action="Raise capacity (and segment_bytes, where it is set), or use smaller blocks.",
+            )
+        if descriptor.block_bytes_max > core.buffer.capacity_bytes:
+            raise InvalidConfig(
+                "the buffer is too small for a block of this namespace",
+                where=core.path,
+                expected=f"buffer of at least {descriptor.block_bytes_max} bytes",
+                actual=f"{core.buffer.capacity_bytes} bytes",
+                action="Raise buffer, or use smaller blocks.",
+            )
+
+    def flush(self, timeout: float | None = None) -> bool:
+        self._core.check_usable()
+        return self._core.flush(timeout)
+
+    def stats(self) -> Mapping[str, Any]:
+        self._core.check_usable()
+        return self._core.stats()
+
+    def close(self, timeout: float | None = 30.0) -> bool:
+        """Flush and stop; the last of several handles does the work. False when it did not finish in time."""
+        with registry.lock:
+            self._opens -= 1
+            if self._opens > 0:
+                return True
+        return self.close_for_good(timeout)
+
+    def close_for_good(self, timeout_s: float | None) -> bool:
+        with self._lock:
+            if self._core.closed_reason is None:
+                registry.remove(self)
+                self._closed_well = self._core.close(timeout_s)
+            return self._closed_well
+
+    def share(self) -> DiskStore:
+        """One more handle of the same store; call under the registry's lock."""
+        self._opens += 1
+        return self
+
+    def abandon(self, reason: str) -> None:
+        """In a forked child: refuse every further call and let go of the lock's copy, nothing else."""
+        self._core.closed_reason = reason
+        if self._core.lock is not None:
+            self._core.lock.abandon()
+
+    def __enter__(self) -> DiskStore:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def open_store(path: str | os.PathLike[str], config: StoreConfig, environment: Environment | None = None) -> DiskStore:
+    """Open or create the store in folder ``path`` for writing (or follow its writer, where ``on_locked`` says so)."""
+    environment = environment or Environment()
+    if environment.device is not None:
+        return DiskStore(_open_core(os.fspath(path), config, environment))
+    folder = os.path.abspath(os.fspath(path))
+    with registry.lock:
+        active = registry.find(folder)
+        if active is not None:
+            check_same_options(folder, config, active.config)
+            return active.share()
+        store = DiskStore(_open_core(folder, config, environment))
+        registry.add(store)
+        return store
+
+
+def follow_store(path: str | os.PathLike[str], config: StoreConfig, environment: Environment | None = None) -> DiskStore:
+    """Open a store for reading beside its writer. In the writer's own process this is the writer's handle."""
+    environment = environment or Environment()
+    folder = os.path.abspath(os.fspath(path)) if environment.device is None else os.fspath(path)
+    with registry.lock:
+        active = registry.find(folder) if environment.device is None else None
+        if active is not None:
+            return active.share()
+        store = DiskStore(_open_follower(folder, config, environment))
+        if environment.device is None:
+            registry.add(store)
+        return store
+
+
+def _open_core(path: str, config: StoreConfig, environment: Environment) -> Core:
+    with contextlib.ExitStack() as undo:
+        if environment.device is None:
+            os.makedirs(path, exist_ok=True)
+        device = environment.device or open_device(config.gds, path, threads=config.io_threads)
+        undo.callback(device.close)
+        _check_folder(device, path)
+        lock = _take_lock(device, path, config)
+        if lock is None:
+            return _open_follower(path, config, environment)
+        undo.callback(lock.release)
+        clock = environment.clock or SystemClock()
+        superblock = _load_or_create_superblock(device, path, clock)
+        budget = _budget(config)
+        counters = Counters()
+        segments = SegmentTable(device, path, open_files_max=config.open_files_max)
+        listing = list_segments(device, segments.folder, superblock.store_uuid)
+        _make_room(device, path, segments, listing)
+        index = _open_index(path, config, environment, counters)
+        undo.callback(index.close)
+        heat = _open_heat(path, config, environment, superblock)
+        catalog = Catalog(index, counters)
+        recovered = recover(device, segments, catalog, superblock.store_uuid, listing, clock, counters)
+        if recovered is None:  # the index is of another store, or unreadable: derive it again
+            index.close()
+            index = _fresh_index(path, config, environment)
+            undo.callback(index.close)
+            catalog = Catalog(index, counters)
+            counters.add("index_rebuilds")
+            recovered = recover(device, segments, catalog, superblock.store_uuid, listing, clock, counters, rebuild=True)
+            assert recovered is not None
+        core = Core(Parts(path, config, clock, device, superblock, catalog, segments, heat, counters, budget, recovered, lock))
+        undo.pop_all()
+        return core
+
+
+def _check_folder(device: Device, path: str) -> None:
+    """A folder with something else in it is not a place for a store."""
+    device.make_folder(path)
+    names = device.list_folder(path)
+    if names and SUPERBLOCK_NAME not in names and any(name not in _OWN_NAMES for name in names):
+        raise UnsupportedFormat(
+            "this folder is not a kvlode store",
+            where=path,
+            expected=f"a file {SUPERBLOCK_NAME}, or an empty folder",
+            actual=", ".join(names[:5]),
+            action="Give the store a folder of its own.",
+        )
+
+
+_OWN_NAMES = {SUPERBLOCK_NAME + ".tmp", LOCK_NAME, FOLLOWERS_NAME, SEGMENTS_FOLDER, INDEX_FOLDER, QUARANTINE_FOLDER, "heat"}
+
+
+def _take_lock(device: Device, path: str, config: StoreConfig) -> DeviceLock | None:
+    """The writer's lock; ``None`` when somebody else has it and the store is to be followed instead."""
+    deadline_s = time.monotonic() + config.lock_timeout_s
+    waiting = threading.Event()
+    while True:
+        lock = device.lock(f"{path}/{LOCK_NAME}")
+        if lock is not None:
+            return lock
+        if config.on_locked == "follow":
+            return None
+        if config.on_locked == "fail" or time.monotonic() >= deadline_s:
+            raise StoreLocked(
+                "another process writes to this store",
+                where=path,
+                expected="one writer",
+                actual="its lock is held" + (f" for {config.lock_timeout_s:.0f} s" if config.on_locked == "wait" else ""),
+                action="Stop the other writer, open with on_locked='wait' or 'follow', or use a folder per writing process.",
+            )
+        waiting.wait(LOCK_POLL_S)  # file locks cannot be waited for with a deadline
+
+
+def _load_or_create_superblock(device: Device, path: str, clock: Clock) -> Superblock:
+    """Read the superblock, or make one (temp file, rename, sync of the folder) in an empty folder."""
+    place = f"{path}/{SUPERBLOCK_NAME}"
+    if device.status(place) is not None:
+        superblock = load_superblock(device, path)
+        if superblock.read_only:
+            raise UnsupportedFormat(
+                "a newer kvlode wrote this store in a way that this version can read but not write",
+                where=place,
+                action="Open it with kvlode.follow, or upgrade kvlode.",
+            )
+    else:
+        superblock = Superblock(uuid.uuid4().bytes, clock.now_ns(), STRIPE_BYTES_DEFAULT)
+        _write_superblock(device, path, superblock)
+    for folder in (SEGMENTS_FOLDER, QUARANTINE_FOLDER):
+        device.make_folder(f"{path}/{folder}")
+    device.sync_folder(path)
+    return superblock
+
+
+def _write_superblock(device: Device, path: str, superblock: Superblock) -> None:
+    temporary = f"{path}/{SUPERBLOCK_NAME}.tmp"
+    if device.status(temporary) is not None:
+        device.remove(temporary)
+    page = aligned_array(PAGE_BYTES)
+    page[:] = memoryview(superblock.pack())
+    file = device.open(temporary, "create")
+    try:
+        file.write(0, [page]).result()
+        file.sync()
+    finally:
+        file.close()
+    device.rename(temporary, f"{path}/{SUPERBLOCK_NAME}")
+    device.sync_folder(path)
+
+
+def load_superblock(device: Device, path: str) -> Superblock:
+    """The checked superblock of a store. Raises ``UnsupportedFormat`` or ``CorruptRecord``."""
+    place = f"{path}/{SUPERBLOCK_NAME}"
+    if device.status(place) is None:
+        raise UnsupportedFormat(
+            "this folder is not a kvlode store", where=path, expected=f"a file {SUPERBLOCK_NAME}", actual="none", action="Check the path."
+        )
+    page = aligned_array(PAGE_BYTES)
+    file = device.open(place, "read")
+    try:
+        count = file.read(0, [page]).result()
+    finally:
+        file.close()
+    return Superblock.parse(page[:count], where=place)
+
+
+def _budget(config: StoreConfig) -> Budget:
+    rocksdb_bytes = 0 if config.index_kind == "memory" else _wal_bytes(config) + LOG_BYTES
+    heat_bytes = HeatTable.file_bytes(config.capacity_bytes)
+    budget = Budget(config.capacity_bytes, 2 * PAGE_BYTES + heat_bytes + rocksdb_bytes)
+    smallest = 4 * (config.segment_bytes or 64 * PAGE_BYTES)
+    if budget.for_segments(0, 0) < smallest:
+        raise InvalidConfig(
+            "the capacity is too small",
+            expected=f"at least {budget.fixed_bytes + smallest} bytes with these options",
+            actual=f"{config.capacity_bytes} bytes",
+            action="Raise capacity, or set a smaller segment_bytes.",
+        )
+    return budget
+
+
+def _wal_bytes(config: StoreConfig) -> int:
+    return min(WAL_BYTES_MAX, max(2 * MIB, config.capacity_bytes // 64))
+
+
+def _make_room(device: Device, path: str, segments: SegmentTable, listing: list[Any]) -> None:
+    """RocksDB cannot open on a full file system: give up the oldest segments until it can."""
+    while len(listing) > 1 and device.free_bytes(path) < FREE_BYTES_MIN:
+        oldest = listing.pop(0)
+        logger.warning("the file system is full: freed segment %016x to open the store", oldest.segment_id)
+        device.remove(segments.path(oldest.segment_id))
+        device.sync_folder(segments.folder)
+
+
+def _open_index(path: str, config: StoreConfig, environment: Environment, counters: Counters) -> Index:
+    if environment.index is not None:
+        return environment.index
+    if config.index_kind == "memory":
+        return MemoryIndex()
+    try:
+        return _rocks_index(path, config)
+    except IndexDamaged as error:
+        logger.warning("the index is damaged and will be rebuilt from the segments: %s", error)
+        counters.add("index_rebuilds")
+        return _fresh_index(path, config, environment)
+
+
+def _rocks_index(path: str, config: StoreConfig) -> RocksIndex:
+    wal_bytes = _wal_bytes(config)
+    write_buffer_bytes = min(16 * MIB, wal_bytes // 2)
+    return RocksIndex(
+        f"{path}/{INDEX_FOLDER}", write_buffer_bytes=write_buffer_bytes, wal_bytes_max=wal_bytes, block_cache_bytes=config.index_cache_bytes
+    )
+
+
+def _fresh_index(path: str, config: StoreConfig, environment: Environment) -> Index:
+    if environment.index is not None or config.index_kind == "memory":
+        return MemoryIndex()
+    set_aside(f"{path}/{INDEX_FOLDER}")
+    return _rocks_index(path, config)
+
+
+def _open_heat(path: str, config: StoreConfig, environment: Environment, superblock: Superblock) -> HeatTable:
+    place = None if environment.device is not None else f"{path}/heat"
+    return HeatTable.open(place, capacity_bytes=config.capacity_bytes, store_uuid=superblock.store_uuid)
+
+
+def _open_follower(path: str, config: StoreConfig, environment: Environment) -> Core:
+    with contextlib.ExitStack() as undo:
+        if environment.device is None and not os.path.isdir(path):
+            raise UnsupportedFormat("there is no such folder", where=path, expected="the folder of a store", action="Check the path.")
+        device = environment.device or open_device(config.gds, path, threads=config.io_threads)
+        undo.callback(device.close)
+        superblock = load_superblock(device, path)
+        clock = environment.clock or SystemClock()
+        counters = Counters()
+        segments = SegmentTable(device, path, open_files_max=config.open_files_max)
+        try:
+            lock = device.lock(f"{path}/{FOLLOWERS_NAME}", shared=True)
+        except DeviceError as error:  # a read-only file system: nobody reclaims there either
+            logger.info("following without announcing it: %s", error)
+            lock = None
+        if lock is not None:
+            undo.callback(lock.release)
+        index, catch_up = open_follower_index(path, environment.index, segments, counters)
+        undo.callback(index.close)
+        heat = HeatTable.open_shared(None if environment.device is not None else f"{path}/heat", store_uuid=superblock.store_uuid)
+        budget = Budget(config.capacity_bytes, 0)
+        parts = Parts(path, config, clock, device, superblock, Catalog(index, counters), segments, heat, counters, budget, None, lock, catch_up)
+        core = Core(parts)
+        undo.pop_all()
+        return core
