@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import kvlode
 from kvlode.tools.cli import app
 from readme import ROOT, fenced, prose
 
@@ -65,4 +67,10 @@ def test_links_lead_to_files_of_the_repository(page: str) -> None:
 def test_tests_that_are_named_exist(page: str) -> None:
     known = {path.name for path in (ROOT / "tests").rglob("*.py")}
     missing = [name for name in MENTIONED_TEST.findall(prose(page)) if f"{name.removesuffix('.py').rpartition('/')[2]}.py" not in known]
+    assert not missing
+
+
+def test_every_option_of_open_is_documented() -> None:
+    text = (ROOT / "docs/operating.md").read_text()
+    missing = [field.name for field in dataclasses.fields(kvlode.StoreConfig) if f"`{field.name}`" not in text]
     assert not missing
