@@ -36,7 +36,7 @@ from .format.namespace import Namespace
 __version__ = "0.1.0"
 
 
-def open(  # noqa: A001 - the module is used as ``kvlode.open``, like ``gzip.open``
+def open(
     path: str | _os.PathLike[str],
     capacity: int | str = "64GiB",
     buffer: int | str = "1GiB",
@@ -59,7 +59,10 @@ def open(  # noqa: A001 - the module is used as ``kvlode.open``, like ``gzip.ope
 
 
 def follow(path: str | _os.PathLike[str], **options: _Any) -> DiskStore:
-    """Open a store for reading beside its writer in another process. Puts are refused; what the writer commits appears within 50 ms of a lookup."""
+    """Open a store for reading beside its writer in another process.
+
+    Puts are refused; what the writer has committed is seen by a lookup within 50 ms.
+    """
     return follow_store(path, StoreConfig.build(**options))
 
 

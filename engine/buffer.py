@@ -38,9 +38,10 @@ class Entry:
     """One change to the store, and for blocks its bytes. Fields are written under the buffer's lock."""
 
     __slots__ = (
-        "allocation", "depth", "expires_at_ns", "ident", "key", "kind", "meta", "namespace", "on_settled", "parent", "parent_key",
-        "pins", "queued_at_s", "raw_checksum", "reinsertion", "shadowed", "size_bytes", "spans", "state", "tag", "ticket", "version_seq", "written_at_ns",
-    )  # fmt: skip
+        *("allocation", "depth", "expires_at_ns", "ident", "key", "kind", "meta", "namespace", "on_settled", "parent"),
+        *("parent_key", "pins", "queued_at_s", "raw_checksum", "reinsertion", "shadowed", "size_bytes", "spans", "state", "tag"),
+        *("ticket", "version_seq", "written_at_ns"),
+    )
 
     def __init__(self, kind: Kind, namespace: Any, key: bytes, *, written_at_ns: int = 0) -> None:
         self.kind = kind

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from .buffer import Buffer, Entry, Kind
 from .catalog import Catalog, Checkpoint
-from .contract import Refusal
+from .contract import PutStatus, Refusal
 from .health import Health
 from .index import IndexWriteError
 from .index_entry import IndexEntry
@@ -199,9 +199,9 @@ class CommitThread:
         elif isinstance(item, list):
             self._settle_dropped(item)
 
-    def _in_turn(self, settlements: list[tuple[Entry, object]]) -> None:
+    def _in_turn(self, settlements: list[tuple[Entry, PutStatus]]) -> None:
         for entry, status in sorted(settlements, key=lambda pair: pair[0].ticket):
-            self._buffer.settle([entry], status, keep_readable=self._health.failure is not None)  # type: ignore[arg-type]
+            self._buffer.settle([entry], status, keep_readable=self._health.failure is not None)
 
     def _finish_seal(self, seal: SealWrite) -> None:
         """A sealed segment is cut to its size and durable before anything of the next one is committed."""

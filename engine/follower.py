@@ -49,7 +49,9 @@ class CatchUp:
             self._lock.release()
 
 
-def open_follower_index(path: str, given: Index | None, segments: SegmentTable, counters: Counters) -> tuple[Index, Callable[[], None] | None]:
+def open_follower_index(
+    path: str, given: Index | None, segments: SegmentTable, counters: Counters
+) -> tuple[Index, Callable[[], None] | None]:
     """The index to follow and how to catch up with it."""
     if given is not None:
         return given, None

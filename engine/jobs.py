@@ -176,11 +176,12 @@ class WriteJob(_Job):
 
     def decide(self, position: int, status: PutStatus) -> None:
         """Called by the store once a key: accepted, exists, or refused."""
+        final = status.state is not PutState.ACCEPTED
         with self._condition:
-            self._statuses[position] = status
+            if final:  # an accepted key may already have been settled by the commit thread
+                self._statuses[position] = status
             self._undecided -= 1
             last = self._undecided == 0
-            final = status.state is not PutState.ACCEPTED
         if final:
             self._count_settled()
         if last and not self._borrow:

@@ -222,7 +222,8 @@ class Reader:
         if header.record_type is not RecordType.BLOCK or header.namespace != request.namespace or header.key != request.key:
             raise CorruptRecord("record-identity", where=where, expected=f"block {request.key.hex()}", actual=header.key.hex())
         if header.payload_checksum != entry.payload_checksum or header.record_bytes != request.record_bytes:
-            raise CorruptRecord("index-digest", where=where, expected=f"{entry.payload_checksum:016x}", actual=f"{header.payload_checksum:016x}")
+            expected, actual = f"{entry.payload_checksum:016x}", f"{header.payload_checksum:016x}"
+            raise CorruptRecord("index-digest", where=where, expected=expected, actual=actual)
         return header
 
     def _finish(self, job: ReadJob, extent: _Extent, request: ReadRequest, error: FormatError | None, *, verified: bool = True) -> None:

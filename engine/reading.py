@@ -37,7 +37,7 @@ def read_blocks(
             requests.append(request)
     missed = len(pending) - len(requests)
     core.counters.add_many({"get_blocks": len(keys), "buffer_hits": len(keys) - len(pending), "misses": missed})
-    absent = {position for position in pending} - {request.position for request in requests}
+    absent = set(pending) - {request.position for request in requests}
     core.heat.credit([core.slot(namespace + keys[p]) for p in range(len(keys)) if p not in absent])
     if not requests:
         return None

@@ -6,6 +6,7 @@ the writer keeps up). Without a usable index the same code reads all segments, m
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,13 +19,13 @@ from ..format.layout import PAGE_BYTES, RecordType, parse_segment_name
 from ..format.record import RecordHeader
 from ..format.seal import SealBuilder, SealTable, Trailer
 from ..format.segment import SegmentHeader
-from ..format.walk import find_seal, walk_unsealed
+from ..format.walk import SegmentScan, find_seal, scan_unsealed
 from ..gds.buffers import aligned_array
-from ..gds.device import Device, DeviceFile
+from ..gds.device import Device, DeviceFile, OpenMode
 from .catalog import Catalog, Checkpoint
 from .config import Clock
 from .index_entry import pack_table
-from .reinsertion import check_payload, file_reader
+from .reinsertion import file_reader
 from .segment_writer import index_entry
 from .segments import Segment, SegmentTable
 from .stats import Counters
@@ -177,14 +178,20 @@ class _TailScan:
         self.end_offset = 0
 
     def changes(self) -> Iterator[Changes]:
+        """What to apply to the index, in log order. A segment that cannot be read is left alone: what is left is served."""
         found = self._found
-        if not found.sealed:
-            yield from self._unsealed()
-            return
-        self._segments.add(Segment(found.segment_id, found.size_bytes, sealed=True))
-        start = self._start_offset()
-        if start < found.size_bytes:
-            yield from self._sealed(start)
+        try:
+            if not found.sealed:
+                yield from self._unsealed()
+                return
+            self._segments.add(Segment(found.segment_id, found.size_bytes, sealed=True))
+            start = self._start_offset()
+            if start < found.size_bytes:
+                yield from self._sealed(start)
+        except DeviceError as error:
+            self._counters.add("unreadable_segments")
+            logger.error("segment %016x cannot be read and is served without recovery: %s", found.segment_id, error)
+            self._segments.add(Segment(found.segment_id, found.size_bytes, sealed=True))
 
     def _start_offset(self) -> int:
         """First byte of this segment that the checkpoint does not cover."""
@@ -195,16 +202,13 @@ class _TailScan:
 
     def _sealed(self, start: int) -> Iterator[Changes]:
         found = self._found
-        file = self._device.open(self._segments.path(found.segment_id), "read")
-        try:
+        with self._opened("read") as file:
             table = self._table(file)
             if table is None:
                 self._counters.add("damaged_segments")
-                headers = list(self._headers(file, durable_bytes=found.size_bytes))
-                yield from self._from_headers([header for header in headers if header.offset >= start])
+                scan = self._scan(file, durable_bytes=found.size_bytes)
+                yield from self._from_headers([header for header in scan.records if header.offset >= start])
                 return
-        finally:
-            file.close()
         rows = np.flatnonzero(table.page.astype(np.uint64) * PAGE_BYTES >= start)
         self.records = len(rows)
         if len(rows):
@@ -216,81 +220,72 @@ class _TailScan:
         found = self._found
         try:
             sealed = find_seal(file_reader(file), found.size_bytes, store_uuid=self._store_uuid, segment_id=found.segment_id)
-        except FormatError as error:
+        except CorruptRecord as error:
             logger.error("%s", error)
             return None
         return None if sealed is None else sealed[1]
+
+    def _scan(self, file: DeviceFile, durable_bytes: int) -> SegmentScan:
+        found = self._found
+        scan = scan_unsealed(
+            file_reader(file),
+            end=found.size_bytes - found.size_bytes % PAGE_BYTES,
+            store_uuid=self._store_uuid,
+            segment_id=found.segment_id,
+            durable_bytes=durable_bytes,
+        )
+        for start, stop in scan.damaged:
+            self._counters.add("damaged_ranges")
+            logger.error("segment %016x: bytes %d to %d were durable and hold no record", found.segment_id, start, stop)
+        return scan
+
+    @contextlib.contextmanager
+    def _opened(self, mode: OpenMode) -> Iterator[DeviceFile]:
+        file = self._device.open(self._segments.path(self._found.segment_id), mode)
+        try:
+            yield file
+        finally:
+            file.close()
 
     # --- segments that a crash left open ----------------------------------------------------------------------------
 
     def _unsealed(self) -> Iterator[Changes]:
         found = self._found
-        path = self._segments.path(found.segment_id)
-        file = self._device.open(path, "write")
-        try:
-            headers = self._intact(file, list(self._headers(file, durable_bytes=self._start_offset())))
-            if not headers:
-                self._device.remove(path)  # created, never used: its id is not given out again
+        with self._opened("write") as file:
+            scan = self._scan(file, self._start_offset())
+            if not scan.records and not scan.damaged:
+                self._device.remove(self._segments.path(found.segment_id))  # never used: its id is not given out again
                 return
-            size_bytes = self._seal(file, headers)
-        finally:
-            file.close()
+            size_bytes = self._seal(file, scan) if scan.records else found.size_bytes
         self._segments.add(Segment(found.segment_id, size_bytes, sealed=True))
         self._counters.add("recovered_segments")
         start = self._start_offset()
-        yield from self._from_headers([header for header in headers if header.offset >= start])
-        self.sequence = max(self.sequence, *(max(h.record_seq, h.version_seq) for h in headers))
+        yield from self._from_headers([header for header in scan.records if header.offset >= start])
+        self.sequence = max([self.sequence, *(max(h.record_seq, h.version_seq) for h in scan.records)])
         self.end_offset = size_bytes
 
-    def _headers(self, file: DeviceFile, *, durable_bytes: int) -> Iterator[RecordHeader]:
-        found = self._found
-        return walk_unsealed(
-            file_reader(file), size_bytes=found.size_bytes, durable_bytes=durable_bytes, store_uuid=self._store_uuid, segment_id=found.segment_id
-        )
-
-    def _intact(self, file: DeviceFile, headers: list[RecordHeader]) -> list[RecordHeader]:
-        """The records up to the first one whose payload did not arrive; what was known durable is not read again."""
-        durable_bytes = max([self._start_offset(), *(header.synced_bytes for header in headers)])
-        for position, header in enumerate(headers):
-            if header.offset < durable_bytes:
-                continue
-            try:
-                self._read_payload(file, header)
-            except (CorruptRecord, DeviceError) as error:
-                logger.info("torn tail of segment %016x: %s", header.segment_id, error)
-                return headers[:position]
-        return headers
-
-    @staticmethod
-    def _read_payload(file: DeviceFile, header: RecordHeader) -> None:
-        payload_bytes = header.record_bytes - PAGE_BYTES
-        if payload_bytes and len(header.stripes):
-            payload = aligned_array(payload_bytes)
-            count = file.read(header.offset + PAGE_BYTES, [payload]).result()
-            check_payload(header, payload[:count])
-
-    def _seal(self, file: DeviceFile, headers: list[RecordHeader]) -> int:
-        """Write the seal after the last record, cut the file there, make both durable; returns the new size."""
+    def _seal(self, file: DeviceFile, scan: SegmentScan) -> int:
+        """Write the seal where the log ends, cut the file behind it, make both durable; returns the new size."""
         builder = SealBuilder()
-        for header in headers:
+        for header in scan.records:
             builder.add(header)
-        last = headers[-1]
-        offset = last.offset + last.record_bytes
+        last = scan.records[-1]
+        file.sync()  # what the scan read may still have been in flight when the writer died
         packed = builder.pack(
             store_uuid=self._store_uuid,
             segment_id=self._found.segment_id,
             epoch=last.epoch,
-            offset=offset,
+            offset=scan.data_end,
             record_seq=last.record_seq + 1,
-            synced_bytes=offset,
+            synced_bytes=scan.data_end,
             written_at_ns=self._clock.now_ns(),
         )
         area = aligned_array(len(packed))
-        area[: len(packed)] = memoryview(packed)
-        file.write(offset, [area[: len(packed)]]).result()
-        file.truncate(offset + len(packed))
+        area[: len(packed)] = np.frombuffer(packed, dtype=np.uint8)
+        file.write(scan.data_end, [area[: len(packed)]]).result()
+        file.truncate(scan.data_end + len(packed))
         file.sync()
-        return offset + len(packed)
+        return scan.data_end + len(packed)
 
     def _from_headers(self, headers: list[RecordHeader]) -> Iterator[Changes]:
         changes: Changes = {}

@@ -30,7 +30,7 @@ def file_reader(file: DeviceFile) -> Callable[[int, int], memoryview]:
         start = offset - offset % PAGE_BYTES
         area = aligned_array(-(-(offset + length - start) // PAGE_BYTES) * PAGE_BYTES)
         count = file.read(start, [area]).result()
-        return memoryview(area)[offset - start : min(count, offset - start + length)]
+        return memoryview(area.data)[offset - start : min(count, offset - start + length)]
 
     return read
 

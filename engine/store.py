@@ -23,7 +23,7 @@ from .catalog import Catalog
 from .config import MIB, Clock, StoreConfig, SystemClock
 from .core import FOLLOWERS_NAME, Core, Parts
 from .follower import open_follower_index
-from .heat import HeatTable
+from .heat import HeatTable, heat_bytes, slots_for_capacity
 from .index import Index, IndexDamaged
 from .index_memory import MemoryIndex
 from .index_rocksdb import RocksIndex, set_aside
@@ -40,6 +40,7 @@ LOG_BYTES = 4 * MIB
 WAL_BYTES_MAX = 32 * MIB
 FREE_BYTES_MIN = 16 * MIB
 LOCK_POLL_S = 0.05
+HEAT_NAME = "heat"
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +229,7 @@ def _check_folder(device: Device, path: str) -> None:
         )
 
 
-_OWN_NAMES = {SUPERBLOCK_NAME + ".tmp", LOCK_NAME, FOLLOWERS_NAME, SEGMENTS_FOLDER, INDEX_FOLDER, QUARANTINE_FOLDER, "heat"}
+_OWN_NAMES = {SUPERBLOCK_NAME + ".tmp", LOCK_NAME, FOLLOWERS_NAME, SEGMENTS_FOLDER, INDEX_FOLDER, QUARANTINE_FOLDER, HEAT_NAME}
 
 
 def _take_lock(device: Device, path: str, config: StoreConfig) -> DeviceLock | None:
@@ -306,8 +307,7 @@ def load_superblock(device: Device, path: str) -> Superblock:
 
 def _budget(config: StoreConfig) -> Budget:
     rocksdb_bytes = 0 if config.index_kind == "memory" else _wal_bytes(config) + LOG_BYTES
-    heat_bytes = HeatTable.file_bytes(config.capacity_bytes)
-    budget = Budget(config.capacity_bytes, 2 * PAGE_BYTES + heat_bytes + rocksdb_bytes)
+    budget = Budget(config.capacity_bytes, 2 * PAGE_BYTES + heat_bytes(slots_for_capacity(config.capacity_bytes)) + rocksdb_bytes)
     smallest = 4 * (config.segment_bytes or 64 * PAGE_BYTES)
     if budget.for_segments(0, 0) < smallest:
         raise InvalidConfig(
@@ -361,8 +361,10 @@ def _fresh_index(path: str, config: StoreConfig, environment: Environment) -> In
 
 
 def _open_heat(path: str, config: StoreConfig, environment: Environment, superblock: Superblock) -> HeatTable:
-    place = None if environment.device is not None else f"{path}/heat"
-    return HeatTable.open(place, capacity_bytes=config.capacity_bytes, store_uuid=superblock.store_uuid)
+    slot_count = slots_for_capacity(config.capacity_bytes)
+    if environment.device is not None:
+        return HeatTable(slot_count)
+    return HeatTable.open(f"{path}/{HEAT_NAME}", superblock.store_uuid, slot_count, create=True)
 
 
 def _open_follower(path: str, config: StoreConfig, environment: Environment) -> Core:
@@ -384,9 +386,10 @@ def _open_follower(path: str, config: StoreConfig, environment: Environment) -> 
             undo.callback(lock.release)
         index, catch_up = open_follower_index(path, environment.index, segments, counters)
         undo.callback(index.close)
-        heat = HeatTable.open_shared(None if environment.device is not None else f"{path}/heat", store_uuid=superblock.store_uuid)
+        slot_count = slots_for_capacity(config.capacity_bytes)
+        heat = HeatTable.open(f"{path}/{HEAT_NAME}", superblock.store_uuid, slot_count, create=False)
         budget = Budget(config.capacity_bytes, 0)
-        parts = Parts(path, config, clock, device, superblock, Catalog(index, counters), segments, heat, counters, budget, None, lock, catch_up)
-        core = Core(parts)
+        catalog = Catalog(index, counters)
+        core = Core(Parts(path, config, clock, device, superblock, catalog, segments, heat, counters, budget, None, lock, catch_up))
         undo.pop_all()
         return core
