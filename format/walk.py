@@ -221,16 +221,16 @@ class SegmentScan:
 
 
 def scan_unsealed(
-    read: Read, *, size_bytes: int, store_uuid: bytes, segment_id: int, durable_bytes: int = 0, verify_payloads: bool = True
+    read: Read, *, end: int, store_uuid: bytes, segment_id: int, durable_bytes: int = 0, verify_payloads: bool = True
 ) -> SegmentScan:
     """Tell torn tail from damage in a segment without a usable seal.
 
     The durable part ends at the largest ``synced_bytes`` of any valid record of the segment, or at ``durable_bytes`` (what the
     caller knows, a checkpoint). A break inside it is damage: the walk goes on at the next valid header. Behind it the
     first break ends the log, silently and with all that follows; with ``verify_payloads`` a payload that does not match
-    its checksums is such a break. ``size_bytes`` is the file's size, or where its data ends.
+    its checksums is such a break. ``end`` is the file's size, or where its data ends (``SEEK_DATA``).
     """
-    runs = _runs(read, size_bytes, store_uuid, segment_id)
+    runs = _runs(read, end, store_uuid, segment_id)
     claims = (header.synced_bytes for run in runs for header in (*run.records, run.end.seal) if header is not None)
     durable = max([durable_bytes, *claims])
     records: list[RecordHeader] = []
@@ -250,19 +250,6 @@ def scan_unsealed(
     if last.kind is not WalkEndKind.SEAL and last.offset < durable:
         damaged.append((last.offset, durable))
     return SegmentScan(records, last, damaged)
-
-
-def walk_unsealed(read: Read, *, size_bytes: int, store_uuid: bytes, segment_id: int, durable_bytes: int = 0) -> Iterator[RecordHeader]:
-    """The records that ``scan_unsealed`` keeps, by their headers alone: payloads behind the durable part are not checked."""
-    scan = scan_unsealed(
-        read,
-        size_bytes=size_bytes,
-        store_uuid=store_uuid,
-        segment_id=segment_id,
-        durable_bytes=durable_bytes,
-        verify_payloads=False,
-    )
-    return iter(scan.records)
 
 
 @dataclass(frozen=True, slots=True)
