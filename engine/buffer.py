@@ -76,6 +76,7 @@ class Buffer:
         self.condition = threading.Condition()
         self.entries: dict[bytes, Entry] = {}
         self.queue: deque[Entry] = deque()
+        self.reinsertions: deque[Entry] = deque()
         self.dirty_bytes = 0
         self.unwritten_bytes = 0
         self.tickets_queued = 0
@@ -175,13 +176,14 @@ class Buffer:
             raise_floor(digest, entry.version_seq)
 
     def enqueue_reinsertion(self, entry: Entry) -> None:
-        """Queue a copy of a stored record (``entry.reinsertion``); it keeps its own ``version_seq``."""
+        """Queue a copy of a stored record (``entry.reinsertion``). It keeps its ``version_seq``, has no ticket and goes first:
+        reclaim waits for it while the writer needs the room that reclaim makes."""
         with self.condition:
-            self._enqueue(entry, keep_version=True)
+            self.reinsertions.append(entry)
+            self.condition.notify_all()
 
-    def _enqueue(self, entry: Entry, *, keep_version: bool = False) -> None:
-        if not keep_version:
-            entry.version_seq = self._next_sequence()
+    def _enqueue(self, entry: Entry) -> None:
+        entry.version_seq = self._next_sequence()
         entry.ticket = self.tickets_queued + 1
         entry.queued_at_s = time.monotonic()
         self.queue.append(entry)
@@ -239,15 +241,17 @@ class Buffer:
     # --- the log's side ---------------------------------------------------------------------------------------
 
     def take(self, batch_bytes: int) -> list[Entry]:
-        """The next queued changes, at most ``batch_bytes`` of blocks (but at least one entry)."""
+        """The next changes to write, reinsertions first: at most ``batch_bytes`` (but at least one entry)."""
         with self.condition:
             taken: list[Entry] = []
-            size_bytes = 0
-            while self.queue and (not taken or size_bytes + self.queue[0].size_bytes <= batch_bytes):
-                entry = self.queue.popleft()
-                size_bytes += entry.size_bytes
-                taken.append(entry)
-            self.unwritten_bytes -= size_bytes
+            room_bytes = batch_bytes
+            for waiting in (self.reinsertions, self.queue):
+                while waiting and (not taken or waiting[0].size_bytes <= room_bytes):
+                    entry = waiting.popleft()
+                    room_bytes -= entry.size_bytes
+                    taken.append(entry)
+                    if waiting is self.queue:
+                        self.unwritten_bytes -= entry.size_bytes
             return taken
 
     def settle(self, entries: Iterable[Entry], status: PutStatus = DURABLE, *, keep_readable: bool = False) -> None:
@@ -258,12 +262,12 @@ class Buffer:
         callbacks = []
         with self.condition:
             for entry in entries:
-                self.tickets_settled = max(self.tickets_settled, entry.ticket)
-                self.dirty_bytes -= entry.size_bytes
                 final = self._settled_status(entry, status)
-                if not final and final.reason is not Refusal.DELETED and entry.kind is not Kind.REINSERT:
-                    self.dropped_blocks += 1
-                self._retire(entry, bool(final), keep_readable)
+                if entry.kind is not Kind.REINSERT:
+                    self.tickets_settled = max(self.tickets_settled, entry.ticket)
+                    self.dirty_bytes -= entry.size_bytes
+                    self.dropped_blocks += not final and final.reason is not Refusal.DELETED
+                    self._retire(entry, bool(final), keep_readable)
                 if entry.on_settled is not None:
                     callbacks.append((entry, final))
             self.condition.notify_all()

@@ -67,6 +67,8 @@ class Parts:
     recovered: Recovered | None
     """``None`` for a follower: it never writes."""
     lock: DeviceLock | None
+    owns_device: bool
+    """Whether closing the store closes the device (a device that was handed in stays open)."""
     catch_up: Callable[[], None] | None = None
 
 
@@ -81,6 +83,7 @@ class Core:
         self.health = Health()
         self.closed_reason: str | None = None
         self._catch_up = parts.catch_up
+        self._owns_device = parts.owns_device
         self._jobs: set[ReadJob] = set()
         self._jobs_lock = threading.Lock()
         self.namespaces = NamespaceTable(self.config.forced_codec)
@@ -294,7 +297,8 @@ class Core:
         self._staging.close()
         if self.lock is not None:
             self.lock.release()
-        self.device.close()
+        if self._owns_device:
+            self.device.close()
 
     def stats(self) -> dict[str, Any]:
         """Plain values for people and metrics."""

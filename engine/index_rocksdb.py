@@ -121,6 +121,7 @@ class RocksIndex(RocksReader):
             stall_timeout_s=stall_timeout_s,
         )
         folder = os.fspath(path)
+        _check_not_beheaded(folder)
         super().__init__(folder, _open(folder, folder, tuning, AccessType.read_write()))
         self._stall_timeout_s = tuning.stall_timeout_s
         self._write_options = WriteOptions()
@@ -287,6 +288,22 @@ def _open(folder: str, where: str, tuning: RocksTuning, access: AccessType) -> R
         return Rdict(folder, options, {_COLUMN_FAMILY: options}, access)
     except Exception as error:
         raise _open_error(where, str(error)) from error
+
+
+def _check_not_beheaded(folder: str) -> None:
+    """RocksDB takes a folder without ``CURRENT`` for a new database, and deletes the tables that it finds there."""
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return  # a missing folder is created; for the rest, RocksDB's own error says more
+    if "CURRENT" not in names and any(name.startswith("MANIFEST-") or name.endswith(".sst") for name in names):
+        raise IndexDamaged(
+            "index has lost its CURRENT file",
+            where=folder,
+            expected="CURRENT beside the tables",
+            actual=f"{len(names)} other files",
+            action="Set it aside and rebuild it from the segments.",
+        )
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)

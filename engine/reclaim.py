@@ -20,6 +20,7 @@ from ..format.namespace import Namespace
 from ..format.seal import SealTable
 from ..format.segment import SegmentHeader
 from ..format.walk import find_seal
+from ..gds.device import DeviceFile
 from .buffer import Buffer, Entry, Kind
 from .catalog import Catalog
 from .commit import CommitThread
@@ -29,7 +30,7 @@ from .heat import HeatTable
 from .index_entry import IndexEntry
 from .namespaces import NamespaceTable
 from .policy import Candidate, ReinsertionPolicy
-from .reinsertion import Reinsertion, file_reader, load_record
+from .reinsertion import CopyForward, Reinsertion, file_reader, load_record
 from .segment_writer import OpenSegment
 from .segments import Segment, SegmentTable
 from .stats import Counters
@@ -136,7 +137,10 @@ class Keeper:
         if self._thread.is_alive():
             return False
         if self._spare_bytes and self._health.failure is None:
-            self._discard_spare()
+            try:
+                self._discard_spare()
+            except DeviceError as error:  # the next open removes it
+                logger.warning("%s", error)
         return True
 
     def register_block_bytes(self, block_bytes_max: int) -> None:
@@ -169,19 +173,19 @@ class Keeper:
             if self._spare_bytes < size_bytes_min:
                 self.starved = True
                 return None
-            segment_bytes, self._spare_bytes = self._spare_bytes, 0
-            segment_id, self._next_segment_id = self._next_segment_id, self._next_segment_id + 1
+            segment_id, segment_bytes = self._next_segment_id, self._spare_bytes
+            self._segments.device.rename(self._spare_path(), self._segments.path(segment_id))
+            self._spare_bytes = 0
+            self._next_segment_id += 1
             self._segments.add(Segment(segment_id, segment_bytes, sealed=False))
             self._poked = True
             self._condition.notify_all()
-        return self._open_spare(segment_id, segment_bytes)
+        return self._open_segment(segment_id, segment_bytes)
 
     def _thread_gone(self) -> bool:
         return self._stopping and not self._thread.is_alive()
 
-    def _open_spare(self, segment_id: int, segment_bytes: int) -> OpenSegment:
-        device = self._segments.device
-        device.rename(self._spare_path(), self._segments.path(segment_id))
+    def _open_segment(self, segment_id: int, segment_bytes: int) -> OpenSegment:
         header = SegmentHeader(
             store_uuid=self._store_uuid,
             segment_id=segment_id,
@@ -190,7 +194,7 @@ class Keeper:
             first_live_segment=self._segments.oldest_live_id(),
             created_at_ns=self._clock.now_ns(),
         )
-        return OpenSegment(device.open(self._segments.path(segment_id), "write"), header)
+        return OpenSegment(self._segments.device.open(self._segments.path(segment_id), "write"), header)
 
     def _spare_path(self) -> str:
         return f"{self._segments.folder}/{SPARE_NAME}"
@@ -363,37 +367,48 @@ class Keeper:
         return Candidate(row, ident, int(table.stored_length[row]), self._heat.count(slot), self._pinned(ident))
 
     def _reinsert(self, victim: Segment, table: SealTable, chosen: list[Candidate]) -> None:
-        """Copy blocks forward through the writer's queue and wait until they are indexed at their new place."""
-        last_ticket = 0
+        """Copy blocks forward through the writer and wait until they are indexed at their new place.
+
+        When the writer runs out of room first, what is not placed yet is called off: it waits for this segment's room.
+        """
+        group = CopyForward()
         with self._segments.reading(victim.segment_id) as file:
             if file is None:
                 return
             for candidate in chosen:
-                offset = int(table.page[candidate.position]) * PAGE_BYTES
-                try:
-                    header, payload = load_record(file, self._store_uuid, victim.segment_id, offset)
-                except (FormatError, DeviceError) as error:
-                    self._counters.add("corrupt_reinsertions")
-                    logger.error("not copied forward: %s", error)
-                    continue
-                entry = Entry(Kind.REINSERT, self._namespaces.get(header.namespace), header.key)
-                entry.version_seq = header.version_seq
-                entry.size_bytes = payload.size
-                entry.reinsertion = Reinsertion(header, payload, self._wanted(entry.ident, victim.segment_id, offset))
-                self._buffer.enqueue_reinsertion(entry)
-                last_ticket = entry.ticket
-                self._heat.halve(self._heat.slot(header.namespace, key_digest(header.key)))
-        if last_ticket and not self._buffer.wait_settled(last_ticket, REINSERT_WAIT_S):
-            raise KvlodeError("reinserted blocks were not written in time", where=segment_name(victim.segment_id))
+                if self._writer_waits:
+                    break
+                self._copy_forward(group, victim, file, int(table.page[candidate.position]) * PAGE_BYTES)
+        deadline_s = time.monotonic() + REINSERT_WAIT_S
+        while not group.wait(LEAVING_S):
+            if self._writer_waits or self._health.failure is not None or time.monotonic() >= deadline_s:
+                group.called_off = True
+                break
 
-    def _wanted(self, ident: bytes, segment_id: int, offset: int) -> Callable[[], bool]:
+    def _copy_forward(self, group: CopyForward, victim: Segment, file: DeviceFile, offset: int) -> None:
+        try:
+            header, payload = load_record(file, self._store_uuid, victim.segment_id, offset)
+        except (FormatError, DeviceError) as error:
+            self._counters.add("corrupt_reinsertions")
+            logger.error("not copied forward: %s", error)
+            return
+        entry = Entry(Kind.REINSERT, self._namespaces.get(header.namespace), header.key)
+        entry.version_seq = header.version_seq
+        entry.size_bytes = payload.size
+        entry.on_settled = group.settled
+        entry.reinsertion = Reinsertion(header, payload, self._wanted(group, entry.ident, victim.segment_id, offset))
+        group.add()
+        self._heat.halve(self._heat.slot(header.namespace, key_digest(header.key)))
+        self._buffer.enqueue_reinsertion(entry)
+
+    def _wanted(self, group: CopyForward, ident: bytes, segment_id: int, offset: int) -> Callable[[], bool]:
         """Asked by the writer right before it places the copy: no change of the key is pending and the index still points here.
 
         This keeps a tombstone from ever lying in an earlier segment than a record it kills.
         """
 
         def still_wanted() -> bool:
-            if self._writer_waits or self._buffer.changing(ident):
+            if group.called_off or self._buffer.changing(ident):
                 return False
             entry = self._catalog.find([ident])[0]
             return entry is not None and (entry.segment_id, entry.offset) == (segment_id, offset)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from ..format.record import RecordHeader, check_place, stripe_offsets
 from ..gds.buffers import aligned_array
 from ..gds.device import DeviceFile
 from .arena import Bytes
+from .contract import PutStatus
 
 
 @dataclass(slots=True)
@@ -21,6 +23,29 @@ class Reinsertion:
     header: RecordHeader
     payload: Bytes
     still_wanted: Callable[[], bool]
+
+
+class CopyForward:
+    """The reinsertions of one segment that is being freed: counts them down, and can call off those not yet placed."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._pending = 0
+        self.called_off = False
+
+    def add(self) -> None:
+        with self._condition:
+            self._pending += 1
+
+    def settled(self, _: PutStatus) -> None:
+        with self._condition:
+            self._pending -= 1
+            self._condition.notify_all()
+
+    def wait(self, timeout_s: float) -> bool:
+        """True when all are settled; False when the time passed first."""
+        with self._condition:
+            return self._condition.wait_for(lambda: self._pending == 0, timeout_s)
 
 
 def file_reader(file: DeviceFile) -> Callable[[int, int], memoryview]:

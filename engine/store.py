@@ -184,7 +184,9 @@ def _open_core(path: str, config: StoreConfig, environment: Environment) -> Core
         if environment.device is None:
             os.makedirs(path, exist_ok=True)
         device = environment.device or open_device(config.gds, path, threads=config.io_threads)
-        undo.callback(device.close)
+        owns_device = environment.device is None
+        if owns_device:
+            undo.callback(device.close)
         _check_folder(device, path)
         lock = _take_lock(device, path, config)
         if lock is None:
@@ -210,7 +212,8 @@ def _open_core(path: str, config: StoreConfig, environment: Environment) -> Core
             counters.add("index_rebuilds")
             recovered = recover(device, segments, catalog, superblock.store_uuid, listing, clock, counters, rebuild=True)
             assert recovered is not None
-        core = Core(Parts(path, config, clock, device, superblock, catalog, segments, heat, counters, budget, recovered, lock))
+        parts = Parts(path, config, clock, device, superblock, catalog, segments, heat, counters, budget, recovered, lock, owns_device)
+        core = Core(parts)
         undo.pop_all()
         return core
 
@@ -372,7 +375,9 @@ def _open_follower(path: str, config: StoreConfig, environment: Environment) -> 
         if environment.device is None and not os.path.isdir(path):
             raise UnsupportedFormat("there is no such folder", where=path, expected="the folder of a store", action="Check the path.")
         device = environment.device or open_device(config.gds, path, threads=config.io_threads)
-        undo.callback(device.close)
+        owns_device = environment.device is None
+        if owns_device:
+            undo.callback(device.close)
         superblock = load_superblock(device, path)
         clock = environment.clock or SystemClock()
         counters = Counters()
@@ -390,6 +395,8 @@ def _open_follower(path: str, config: StoreConfig, environment: Environment) -> 
         heat = HeatTable.open(f"{path}/{HEAT_NAME}", superblock.store_uuid, slot_count, create=False)
         budget = Budget(config.capacity_bytes, 0)
         catalog = Catalog(index, counters)
-        core = Core(Parts(path, config, clock, device, superblock, catalog, segments, heat, counters, budget, None, lock, catch_up))
+        core = Core(
+            Parts(path, config, clock, device, superblock, catalog, segments, heat, counters, budget, None, lock, owns_device, catch_up)
+        )
         undo.pop_all()
         return core

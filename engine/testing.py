@@ -36,7 +36,7 @@ def open_on_device(
     """The real store on a device of the test's choice. Small by default: 1 MiB segments, 64 MiB capacity, 8 MiB buffer.
 
     Pass the same ``index`` (or its ``crash()``) again to reopen with it; without one the index starts empty and is rebuilt.
-    The device is closed with the store.
+    The device stays open when the store is closed.
     """
     small: dict[str, Any] = {
         "capacity": 64 << 20,
@@ -47,6 +47,7 @@ def open_on_device(
         "encode_threads": 2,
         "reclaim_grace_s": 0.0,
         "flush_after_s": 0.02,
+        "put_timeout_s": 10.0,
         "index_kind": "memory",
     }
     config = StoreConfig.build(**(small | options))

@@ -84,7 +84,7 @@ class Writer:
         self._counters = counters
         self._health = health
         self._open: OpenSegment | None = None
-        self._handed_over = 0
+        self._taken: list[Entry] = []
         self._stopping = False
         self.open_segment_id = -1
         self._thread = threading.Thread(target=self._run, name="kvlode-writer", daemon=True)
@@ -105,10 +105,11 @@ class Writer:
             entries = self._wait_for_work()
             if not entries:
                 break
+            self._taken = list(entries)
             try:
                 self._write(entries)
             except Exception as error:  # a device error or a defect: neither may leave the engine waiting for ever
-                self._fail(entries, error)
+                self._fail(error)
         self._seal_open_segment()
 
     def _wait_for_work(self) -> list[Entry]:
@@ -125,6 +126,8 @@ class Writer:
 
     def _due(self) -> bool:
         buffer = self._buffer
+        if buffer.reinsertions:
+            return True
         if not buffer.queue:
             return False
         first = buffer.queue[0]
@@ -135,28 +138,32 @@ class Writer:
             or time.monotonic() - first.queued_at_s >= self._config.flush_after_s
         )
 
-    def _fail(self, entries: list[Entry], error: Exception) -> None:
-        """Latch the store and give up what was taken and not yet handed over; entries handed over settle themselves."""
+    def _fail(self, error: Exception) -> None:
+        """Latch the store and give up what was taken and not yet handed over; what was handed over settles by itself."""
         self._health.latch(error)
         self._open = None
-        self._commit([Dropped(entry, Refusal.STORE_FAILED) for entry in entries if entry.ticket > self._handed_over])
+        self._give_up(len(self._taken), Refusal.STORE_FAILED)
 
-    def _hand_over(self, item: LogBatch | SealWrite | list[Dropped], last_ticket: int = 0) -> None:
-        self._handed_over = max(self._handed_over, last_ticket)
+    def _hand_over(self, item: LogBatch | SealWrite | list[Dropped], count: int) -> None:
+        """Pass the next ``count`` taken entries on to the commit thread."""
+        del self._taken[:count]
         self._commit(item)
+
+    def _give_up(self, count: int, reason: Refusal) -> None:
+        self._hand_over([Dropped(entry, reason) for entry in self._taken[:count]], count)
 
     # --- one batch --------------------------------------------------------------------------------------------
 
     def _write(self, entries: list[Entry]) -> None:
         if self._health.failure is not None:
-            self._hand_over([Dropped(entry, Refusal.STORE_FAILED) for entry in entries], entries[-1].ticket)
+            self._give_up(len(entries), Refusal.STORE_FAILED)
             return
         self._resolve_depths(entries)
         records = self._records(entries)
         while records:
             dropped = list(itertools.takewhile(lambda record: isinstance(record, Dropped), records))
             if dropped:
-                self._hand_over([d for d in dropped if isinstance(d, Dropped)], _ticket(dropped[-1]))
+                self._hand_over([d for d in dropped if isinstance(d, Dropped)], len(dropped))
                 records = records[len(dropped) :]
                 continue
             placeable = self._placeable(records)
@@ -164,7 +171,7 @@ class Writer:
                 placeable = self._placeable(records)
             if placeable == 0:
                 self._counters.add("refused_no_space", len(records))
-                self._hand_over([Dropped(_entry(r), Refusal.NO_SPACE) for r in records], _ticket(records[-1]))
+                self._give_up(len(records), Refusal.NO_SPACE)
                 return
             self._write_records(records[:placeable])
             records = records[placeable:]
@@ -176,7 +183,7 @@ class Writer:
         }
         records: list[Record | Dropped] = []
         for entry in entries:
-            encoding = encodings.get(entry.ticket)
+            encoding = encodings.get(entry.ticket) if entry.kind is Kind.BLOCK else None
             records.append(self._record(entry, encoding.finish() if encoding is not None else None))
         return records
 
@@ -296,7 +303,7 @@ class Writer:
         write.add_done_callback(lambda _: self._staging.release(staging))
         dropped = [record for record in records if isinstance(record, Dropped)]
         batch = LogBatch(segment, write, entries, dropped, segment.position, sequence, starts_segment)
-        self._hand_over(batch, _ticket(records[-1]))
+        self._hand_over(batch, len(records))
 
     @staticmethod
     def _described(record: Record, segment: OpenSegment) -> list[Record]:
@@ -318,7 +325,7 @@ class Writer:
         staging[: seal.size] = seal
         write = segment.file.write(segment.position, [staging[: seal.size]])
         write.add_done_callback(lambda _: self._staging.release(staging))
-        self._hand_over(SealWrite(segment, write, segment.position + seal.size))
+        self._hand_over(SealWrite(segment, write, segment.position + seal.size), 0)
 
 
 _SEAL_ROW_BYTES_MAX = 512
@@ -328,7 +335,3 @@ _SEGMENT_OVERHEAD_BYTES = 8 * PAGE_BYTES
 def _entry(record: Record | Dropped) -> Entry:
     assert record.entry is not None
     return record.entry
-
-
-def _ticket(record: Record | Dropped) -> int:
-    return _entry(record).ticket
