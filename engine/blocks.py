@@ -51,7 +51,7 @@ class BlockView:
     def slice(self, start: int, stop: int) -> list[Span]:
         """The parts of the spans that cover the raw byte range ``[start, stop)``, in order."""
         if len(self.spans) == 1:
-            return [self.spans[0][start:stop]] if start < stop else []
+            return [self.spans[0][start:stop]] if start < min(stop, self.nbytes) else []
         return cut_spans(self.spans, start, stop)
 
     def direct_span(self, alignment: int) -> Span | None:
