@@ -11,6 +11,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
 from kvlode.engine.index import BATCH_ENTRIES_MAX, Index
 from kvlode.engine.index_memory import MemoryIndex
 from kvlode.engine.index_rocksdb import RocksIndex

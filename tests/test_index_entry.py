@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from kvlode.engine.index import IndexDamaged
 from kvlode.engine.index_entry import ENTRY_BYTES, ENTRY_DTYPE, IndexEntry, expires_and_version, pack_table
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+
 from kvlode.engine.index import IndexWriteError
 from kvlode.engine.index_memory import MemoryIndex
 
