@@ -14,6 +14,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from ..format.errors import StoreClosed
 from ..format.layout import ZERO_DIGEST
 from .arena import Allocation, Bytes, ChunkArena
 from .contract import PutStatus, Refusal
@@ -86,6 +87,7 @@ class Buffer:
         self._arena = ChunkArena(memory)
         self._clean: OrderedDict[bytes, Entry] = OrderedDict()
         self._serve_clean = serve_clean
+        self._closed = False
         self._next_sequence = next_sequence
 
     @property
@@ -94,7 +96,7 @@ class Buffer:
 
     # --- putting ---------------------------------------------------------------------------------------------
 
-    def reserve(self, entry: Entry, size_bytes: int, timeout_s: float, *, own_memory: bool = True) -> bool | None:
+    def reserve(self, entry: Entry, size_bytes: int, timeout_s: float, *, now_ns: int, own_memory: bool = True) -> bool | None:
         """Make ``entry`` the visible one of its key and give it memory.
 
         True: fill ``entry.spans``, then ``publish``. None: the key has a live entry. False: no room before the deadline.
@@ -102,7 +104,11 @@ class Buffer:
         deadline_s = time.monotonic() + timeout_s
         with self.condition:
             while True:
+                self._check_open()
                 present = self.entries.get(entry.ident)
+                if present is not None and present.expires_at_ns and now_ns >= present.expires_at_ns:
+                    self._hide(present)
+                    present = None
                 if present is not None and present.kind is Kind.BLOCK and present.state is not State.GONE:
                     if present.ident in self._clean:
                         self._clean.move_to_end(present.ident)
@@ -129,18 +135,20 @@ class Buffer:
 
     def _evict(self, size_bytes: int) -> bool:
         """Drop clean blocks, least recently used first, until ``size_bytes`` would fit; False when they do not suffice."""
-        for ident in list(self._clean):
+        for _ in range(len(self._clean)):
             if self._arena.free_bytes >= size_bytes + self._arena.chunk_bytes:
                 break
-            entry = self._clean[ident]
-            if entry.pins == 0:
-                del self._clean[ident]
+            ident, entry = self._clean.popitem(last=False)
+            if entry.pins:
+                self._clean[ident] = entry
+            else:
                 self._forget(entry)
         return self._arena.free_bytes >= size_bytes
 
     def publish(self, entry: Entry) -> None:
         """A filled block becomes dirty: visible to readers and queued for the log."""
         with self.condition:
+            self._check_open()
             entry.state, entry.shadowed = State.DIRTY, None
             self._enqueue(entry)
 
@@ -182,7 +190,22 @@ class Buffer:
             self.reinsertions.append(entry)
             self.condition.notify_all()
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StoreClosed("the store is closed", action="Open the store again.")
+
+    def close(self) -> None:
+        """No further changes: what is still queued is given up, so that nobody waits for it for ever."""
+        with self.condition:
+            self._closed = True
+            abandoned = [*self.reinsertions, *self.queue]
+            self.reinsertions.clear()
+            self.queue.clear()
+            self.condition.notify_all()
+        self.settle(abandoned, refused(Refusal.STORE_FAILED))
+
     def _enqueue(self, entry: Entry) -> None:
+        self._check_open()
         entry.version_seq = self._next_sequence()
         entry.ticket = self.tickets_queued + 1
         entry.queued_at_s = time.monotonic()

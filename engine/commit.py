@@ -82,9 +82,8 @@ class CommitThread:
                 break
             try:
                 self._handle(item)
-            except Exception as error:  # a defect: stop writing rather than lose track of what is durable
+            except Exception as error:
                 self._health.latch(error)
-                self._settle_all(item, Refusal.STORE_FAILED)
 
     def _next(self) -> LogBatch | SealWrite | list[Dropped] | Callable[[], None] | None:
         held_back, self._held_back = self._held_back, None
@@ -128,15 +127,14 @@ class CommitThread:
         if self._health.failure is None:
             try:
                 self._make_durable(group)
-            except OSError as error:
+                self._index(group)
+            except Exception as error:  # a device error, or a defect: stop writing rather than lose track of what is durable
                 self._health.latch(error)
-        if self._health.failure is not None:
-            for batch in group:
-                self._settle_all(batch, Refusal.STORE_FAILED)
-            return
-        self._index(group)
         for batch in group:
-            self._settle_batch(batch)
+            if self._health.failure is None:
+                self._settle_batch(batch)
+            else:
+                self._settle_all(batch, Refusal.STORE_FAILED)
 
     def _make_durable(self, group: list[LogBatch]) -> None:
         for batch in group:
@@ -205,18 +203,19 @@ class CommitThread:
 
     def _finish_seal(self, seal: SealWrite) -> None:
         """A sealed segment is cut to its size and durable before anything of the next one is committed."""
-        if self._health.failure is not None:
-            return
         segment = seal.segment
         try:
             seal.write.result()
+            if self._health.failure is not None:
+                return
             segment.file.sync()
             segment.file.truncate(seal.size_bytes)
             segment.file.sync()
-            segment.file.close()
         except OSError as error:
             self._health.latch(error)
             return
+        finally:
+            segment.file.close()
         self._segments.resize(segment.segment_id, seal.size_bytes, sealed=True)
         self.sync_index()
         self._counters.add("segments_sealed")

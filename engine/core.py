@@ -107,8 +107,7 @@ class Core:
             self._decode_pool,
             self._bounce,
             self.counters,
-            self._on_corrupt,
-            unknown_segments_too=self.follower,
+            self._on_useless,
         )
         self.lookups = LookupCache(lambda idents: self.live(list(idents)))
         if recovered is not None:
@@ -210,9 +209,11 @@ class Core:
         if not self.follower:
             self.commit.call(lambda: self.catalog.drop_if_at([(ident, entry.segment_id, entry.offset)]))
 
-    def _on_corrupt(self, request: ReadRequest, error: FormatError) -> None:
-        logger.error("block %s is dropped: %s", request.key.hex(), error)
-        self.forget_entry(request.namespace + request.key, request.entry, "corrupt_blocks")
+    def _on_useless(self, request: ReadRequest, error: FormatError | None) -> None:
+        """A record is damaged (``error``) or its segment is gone."""
+        if error is not None:
+            logger.error("block %s is dropped: %s", request.key.hex(), error)
+        self.forget_entry(request.namespace + request.key, request.entry, "lost_blocks" if error is None else "corrupt_blocks")
 
     def block_info(self, ident: bytes) -> BlockInfo | None:
         """Facts about a block, from the buffer or its header page."""
@@ -266,7 +267,10 @@ class Core:
         if not self.buffer.wait_settled(self.buffer.tickets_queued, timeout_s):
             return False
         if self.health.failure is None:
-            self.commit.call(self.commit.sync_index).result(timeout_s)
+            try:
+                self.commit.call(self.commit.sync_index).result(timeout_s)
+            except TimeoutError:
+                return False
         return self.buffer.take_dropped() == 0 and self.health.failure is None
 
     def close(self, timeout_s: float | None) -> bool:
@@ -277,6 +281,7 @@ class Core:
         done = self.lookups.stop(_remaining(deadline_s)) and done
         if not self.follower:
             done = self.writer.stop(_remaining(deadline_s)) and done
+            self.buffer.close()
             done = self.keeper.stop(_remaining(deadline_s)) and done
             if done:
                 self.commit.call(self.commit.sync_index)

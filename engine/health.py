@@ -23,4 +23,8 @@ class Health:
             if self.failure is not None:
                 return
             self.failure = error
-        logger.error("the store stopped writing: %s. Blocks that were flushed stay readable; close and reopen to write again.", error)
+        logger.error(
+            "the store stopped writing: %s. Blocks that were flushed stay readable; close and reopen to write again.",
+            error,
+            exc_info=None if isinstance(error, OSError) else error,
+        )

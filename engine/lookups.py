@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from .contract import Status
 
 ANSWERS_MAX = 1 << 16
-ANSWER_AGE_S_MAX = 5.0
+ANSWER_AGE_S_MAX = 1.0
 BATCH_KEYS = 1024
 
 
 class LookupCache:
-    """Remembers what the index said of a key for a few seconds; unknown keys are asked on a thread of its own.
+    """Remembers what the index said of a key for a second; unknown keys are asked on a thread of its own.
 
     ``ask`` never waits for the index. A put invalidates its key, so that a remembered MISS does not hide it; a HIT may be
     outdated (the block was reclaimed), which the following get reports as a miss.

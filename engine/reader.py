@@ -85,9 +85,7 @@ class Reader:
         pool: WorkerPool,
         bounce: SlotPool,
         counters: Counters,
-        on_corrupt: Callable[[ReadRequest, FormatError], None],
-        *,
-        unknown_segments_too: bool = False,
+        on_useless: Callable[[ReadRequest, FormatError | None], None],
     ) -> None:
         self._device = device
         self._segments = segments
@@ -95,8 +93,7 @@ class Reader:
         self._pool = pool
         self._bounce = bounce
         self._counters = counters
-        self._on_corrupt = on_corrupt
-        self._unknown_segments_too = unknown_segments_too
+        self._on_useless = on_useless
         self._lock = threading.Lock()
 
     def run(self, job: ReadJob, requests: list[ReadRequest], *, direct: bool, stream: Any = None) -> None:
@@ -139,8 +136,10 @@ class Reader:
     # --- issuing ----------------------------------------------------------------------------------------------
 
     def _issue(self, job: ReadJob, extent: _Extent, stream: Any) -> None:
-        file = self._segments.pin(extent.segment_id, unknown_too=self._unknown_segments_too)
-        if file is None:  # freed since the index was asked
+        file = self._segments.pin(extent.segment_id)
+        if file is None:  # freed since the index was asked, or its file is lost: the entry must not promise it for ever
+            for request in extent.requests:
+                self._on_useless(request, None)
             self._settle(job, extent, Status.MISS)
             return
         try:
@@ -200,6 +199,9 @@ class Reader:
         except FormatError as error:
             self._finish(job, extent, request, error)
             return
+        except Exception as defect:  # never leave a job without an answer
+            self._finish(job, extent, request, CorruptRecord("unreadable-header", where=request.key.hex(), actual=repr(defect)))
+            return
         if header.raw_length != request.out.nbytes:
             self._counters.add("wrong_size_reads")
             self._done_with(extent)
@@ -234,7 +236,7 @@ class Reader:
             return
         self._counters.add("corrupt_reads")
         logger.error("%s", error)
-        self._on_corrupt(request, error)
+        self._on_useless(request, error)
         job.settle(request.position, Status.CORRUPT)
 
     def _done_with(self, extent: _Extent) -> None:

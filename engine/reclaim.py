@@ -207,16 +207,19 @@ class Keeper:
                 if self._stopping:
                     return
                 self._poked = False
+            pause_s = IDLE_S
             try:
-                busy = self._step()
+                if self._step():
+                    continue
+                # freed segments leave when a grace period or a reader ends, which nobody announces
+                if any(segment.retired_at_s is not None for segment in self._segments.all()):
+                    pause_s = LEAVING_S
             except Exception as error:  # the thread must outlive every error: without it the writer would starve
                 self._counters.add("reclaim_errors")
                 logger.warning("reclaim: %s", error)
-                busy = False
+                self._give_up()
             with self._condition:
-                if not busy:  # freed segments leave when a grace period or a reader ends, which nobody announces
-                    leaving = any(segment.retired_at_s is not None for segment in self._segments.all())
-                    self._condition.wait_for(lambda: self._poked or self._stopping, LEAVING_S if leaving else IDLE_S)
+                self._condition.wait_for(lambda: self._poked or self._stopping, pause_s)
 
     def _step(self) -> bool:
         """Do the most urgent thing; False when there is nothing to do."""

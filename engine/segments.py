@@ -35,13 +35,14 @@ class SegmentTable:
     disappears before the records that it kills.
     """
 
-    def __init__(self, device: Device, store_path: str, *, open_files_max: int) -> None:
+    def __init__(self, device: Device, store_path: str, *, open_files_max: int, learns: bool = False) -> None:
         self.device = device
         self.folder = f"{store_path}/{SEGMENTS_FOLDER}"
         self._condition = threading.Condition()
         self._segments: dict[int, Segment] = {}
         self._files: OrderedDict[int, DeviceFile] = OrderedDict()
         self._open_files_max = open_files_max
+        self._learns = learns  # a follower meets segments first in the index
 
     def path(self, segment_id: int) -> str:
         return f"{self.folder}/{segment_name(segment_id)}"
@@ -109,16 +110,15 @@ class SegmentTable:
         with self._condition:
             self._segments.pop(segment_id, None)
 
-    def pin(self, segment_id: int, *, unknown_too: bool = False) -> DeviceFile | None:
+    def pin(self, segment_id: int) -> DeviceFile | None:
         """The open file of a segment, which stays until ``unpin``; ``None`` when the segment is gone (nothing to unpin).
 
-        ``unknown_too`` opens segments that are not in the table (a follower learns of them from the index).
         Raises ``DeviceError`` when the file cannot be opened for another reason.
         """
         with self._condition:
             segment = self._segments.get(segment_id)
             if segment is None:
-                if not unknown_too:
+                if not self._learns:
                     return None
                 segment = self._segments[segment_id] = Segment(segment_id, 0, sealed=False)
             if segment.removing:

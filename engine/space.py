@@ -127,7 +127,7 @@ class Space:
             above = core.buffer.entries.get(self.digest + entry.parent_key)
             entry.depth = above.depth + 1 if above is not None and above.kind is Kind.BLOCK and above.depth >= 0 else -1
         try:
-            reserved = core.buffer.reserve(entry, view.nbytes, core.config.put_timeout_s, own_memory=copy)
+            reserved = core.buffer.reserve(entry, view.nbytes, core.config.put_timeout_s, now_ns=entry.written_at_ns, own_memory=copy)
             if reserved:
                 entry.raw_checksum = _fill(entry, view) if copy else _lend(entry, view)
                 core.lookups.invalidate(entry.ident)

@@ -139,6 +139,7 @@ class DiskStore:
     def abandon(self, reason: str) -> None:
         """In a forked child: refuse every further call and let go of the lock's copy, nothing else."""
         self._core.closed_reason = reason
+        self._lock = threading.Lock()  # another thread of the parent may have held it
         if self._core.lock is not None:
             self._core.lock.abandon()
 
@@ -381,7 +382,7 @@ def _open_follower(path: str, config: StoreConfig, environment: Environment) -> 
         superblock = load_superblock(device, path)
         clock = environment.clock or SystemClock()
         counters = Counters()
-        segments = SegmentTable(device, path, open_files_max=config.open_files_max)
+        segments = SegmentTable(device, path, open_files_max=config.open_files_max, learns=True)
         try:
             lock = device.lock(f"{path}/{FOLLOWERS_NAME}", shared=True)
         except DeviceError as error:  # a read-only file system: nobody reclaims there either

@@ -141,7 +141,7 @@ class Writer:
     def _fail(self, error: Exception) -> None:
         """Latch the store and give up what was taken and not yet handed over; what was handed over settles by itself."""
         self._health.latch(error)
-        self._open = None
+        self._seal_open_segment()
         self._give_up(len(self._taken), Refusal.STORE_FAILED)
 
     def _hand_over(self, item: LogBatch | SealWrite | list[Dropped], count: int) -> None:
@@ -317,7 +317,10 @@ class Writer:
     def _seal_open_segment(self) -> None:
         segment, self._open = self._open, None
         self.open_segment_id = -1
-        if segment is None or self._health.failure is not None or not segment.header_written:
+        if segment is None:
+            return
+        if self._health.failure is not None:
+            segment.file.close()
             return
         seal = np.frombuffer(segment.pack_seal(self._sequence(), self._clock.now_ns()), dtype=np.uint8)
         staging = self._staging.acquire(seal.size)
