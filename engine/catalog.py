@@ -45,9 +45,9 @@ class Catalog:
 
     def values(self, idents: Sequence[bytes]) -> list[bytes | None]:
         """Packed entries, from the waiting changes first and else from the index."""
+        delta = self._delta  # taken before the index is read: a change may move from one to the other meanwhile
         found = self.index.get_many(idents)
-        if self._delta:
-            delta = dict(self._delta)
+        if delta:
             found = [delta.get(ident, value) for ident, value in zip(idents, found, strict=True)]
         return found
 
@@ -91,9 +91,13 @@ class Catalog:
         self._floors = {digest: seq for digest, seq in self._floors.items() if digest != namespace}
         return True
 
-    def load_floors(self) -> dict[bytes, int]:
-        """Drops that an earlier process did not finish working off; they are in force from this call on."""
+    def load_floors(self) -> None:
+        """Put drops in force that an earlier process did not finish working off."""
         self._floors = {key[len(_FLOOR_PREFIX) :]: _FLOOR.unpack(value)[0] for key, value in self.index.scan(_FLOOR_PREFIX)}
+
+    @property
+    def floors(self) -> dict[bytes, int]:
+        """Dropped namespaces whose entries are not all gone yet, and the sequence number below which they are dead."""
         return dict(self._floors)
 
     # --- changes (commit thread) --------------------------------------------------------------------------------
@@ -106,7 +110,7 @@ class Catalog:
     def change(self, changes: dict[bytes, bytes | None]) -> bool:
         """Put (bytes) and delete (``None``) entries. False when the index refused: the changes wait in memory until ``retry``."""
         if self._delta:
-            self._delta.update(changes)
+            self._delta = {**self._delta, **changes}
             return self.retry()
         try:
             self._apply(changes)

@@ -29,6 +29,7 @@ from .encoder import Encoder
 from .health import Health
 from .heat import HeatTable
 from .index_entry import IndexEntry
+from .index_open import mark_for_rebuild
 from .jobs import ReadJob
 from .lookups import LookupCache
 from .namespaces import NamespaceTable
@@ -135,6 +136,7 @@ class Core:
             pinned=self.pins.__contains__,
             followers_present=self._followers_present,
             quarantine_bytes=self._quarantine_bytes,
+            on_index_damaged=lambda: mark_for_rebuild(self.path, self.config),
         )
         self.writer = Writer(
             self.config,
@@ -150,7 +152,7 @@ class Core:
             self.health,
         )
         self.commit.start()
-        for namespace, floor_seq in self.catalog.load_floors().items():
+        for namespace, floor_seq in self.catalog.floors.items():
             self.commit.purge(namespace, floor_seq)
         self.keeper.start()
         self.writer.start()

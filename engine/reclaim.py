@@ -95,6 +95,7 @@ class Keeper:
         pinned: Callable[[bytes], bool],
         followers_present: Callable[[], bool],
         quarantine_bytes: Callable[[], int],
+        on_index_damaged: Callable[[], None],
     ) -> None:
         self._config = config
         self._clock = clock
@@ -114,6 +115,8 @@ class Keeper:
         self._pinned = pinned
         self._followers_present = followers_present
         self._quarantine_bytes = quarantine_bytes
+        self._on_index_damaged = on_index_damaged
+        self._index_marked = False
         self._condition = threading.Condition()
         self._spare_bytes = 0
         self._block_bytes_max = 0
@@ -226,6 +229,9 @@ class Keeper:
         if self._health.failure is not None:
             self._give_up()
             return False
+        if self._catalog.index.damaged() and not self._index_marked:
+            self._index_marked = True
+            self._on_index_damaged()
         if self._remove_one():
             return True
         needed_bytes = max(segment_bytes_for(self._config, self.budget, self._block_bytes_max), self._bytes_wanted)

@@ -24,6 +24,7 @@ from ..gds.buffers import aligned_array
 from ..gds.device import Device, DeviceFile, OpenMode
 from .catalog import Catalog, Checkpoint
 from .config import Clock
+from .index import IndexDamaged
 from .index_entry import pack_table
 from .reinsertion import file_reader
 from .segment_writer import index_entry
@@ -122,10 +123,15 @@ def recover(
     """Bring index and log together. ``None``: the index belongs to another store or is damaged; call again with a fresh one."""
     checkpoint = None
     if not rebuild:
-        identity = catalog.identity()
+        try:
+            identity = catalog.identity()
+            checkpoint = catalog.checkpoint()
+            catalog.load_floors()
+        except IndexDamaged as error:
+            logger.error("%s", error)
+            return None
         if (identity is not None and identity != store_uuid) or catalog.index.damaged():
             return None
-        checkpoint = catalog.checkpoint()
     changes: Changes = dict([Catalog.identity_change(store_uuid)])
     scanned = 0
     sequence = checkpoint.sequence if checkpoint else 0
@@ -146,6 +152,7 @@ def recover(
         changes[key] = value
     catalog.change(changes)
     catalog.index.sync()
+    catalog.load_floors()
     counters.add("recovered_records", scanned)
     epochs = [found.header.epoch for found in listing if found.header is not None]
     epoch = max([sequence >> EPOCH_SHIFT, *epochs], default=0) + 1

@@ -23,10 +23,9 @@ from .catalog import Catalog
 from .config import MIB, Clock, StoreConfig, SystemClock
 from .core import FOLLOWERS_NAME, Core, Parts
 from .follower import open_follower_index
-from .heat import HeatTable, heat_bytes, slots_for_capacity
-from .index import Index, IndexDamaged
-from .index_memory import MemoryIndex
-from .index_rocksdb import RocksIndex, set_aside
+from .heat import HeatTable, slots_for_capacity
+from .index import Index
+from .index_open import budget_for, fresh_index, open_index, remove_damaged_indexes
 from .reclaim import Budget, segment_bytes_for
 from .recovery import list_segments, recover
 from .registry import check_same_options, registry
@@ -36,8 +35,6 @@ from .stats import Counters
 
 logger = logging.getLogger("kvlode")
 
-LOG_BYTES = 4 * MIB
-WAL_BYTES_MAX = 32 * MIB
 FREE_BYTES_MIN = 16 * MIB
 LOCK_POLL_S = 0.05
 HEAT_NAME = "heat"
@@ -195,24 +192,24 @@ def _open_core(path: str, config: StoreConfig, environment: Environment) -> Core
         undo.callback(lock.release)
         clock = environment.clock or SystemClock()
         superblock = _load_or_create_superblock(device, path, clock)
-        budget = _budget(config)
+        budget = budget_for(config)
         counters = Counters()
         segments = SegmentTable(device, path, open_files_max=config.open_files_max)
         listing = list_segments(device, segments.folder, superblock.store_uuid)
         _make_room(device, path, segments, listing)
-        index = _open_index(path, config, environment, counters)
+        index = open_index(path, config, environment.index, counters)
         undo.callback(index.close)
         heat = _open_heat(path, config, environment, superblock)
         catalog = Catalog(index, counters)
         recovered = recover(device, segments, catalog, superblock.store_uuid, listing, clock, counters)
         if recovered is None:  # the index is of another store, or unreadable: derive it again
             index.close()
-            index = _fresh_index(path, config, environment)
+            index = fresh_index(path, config, counters)
             undo.callback(index.close)
             catalog = Catalog(index, counters)
-            counters.add("index_rebuilds")
             recovered = recover(device, segments, catalog, superblock.store_uuid, listing, clock, counters, rebuild=True)
             assert recovered is not None
+        remove_damaged_indexes(path, config)
         parts = Parts(path, config, clock, device, superblock, catalog, segments, heat, counters, budget, recovered, lock, owns_device)
         core = Core(parts)
         undo.pop_all()
@@ -309,24 +306,6 @@ def load_superblock(device: Device, path: str) -> Superblock:
     return Superblock.parse(page[:count], where=place)
 
 
-def _budget(config: StoreConfig) -> Budget:
-    rocksdb_bytes = 0 if config.index_kind == "memory" else _wal_bytes(config) + LOG_BYTES
-    budget = Budget(config.capacity_bytes, 2 * PAGE_BYTES + heat_bytes(slots_for_capacity(config.capacity_bytes)) + rocksdb_bytes)
-    smallest = 4 * (config.segment_bytes or 64 * PAGE_BYTES)
-    if budget.for_segments(0, 0) < smallest:
-        raise InvalidConfig(
-            "the capacity is too small",
-            expected=f"at least {budget.fixed_bytes + smallest} bytes with these options",
-            actual=f"{config.capacity_bytes} bytes",
-            action="Raise capacity, or set a smaller segment_bytes.",
-        )
-    return budget
-
-
-def _wal_bytes(config: StoreConfig) -> int:
-    return min(WAL_BYTES_MAX, max(2 * MIB, config.capacity_bytes // 64))
-
-
 def _make_room(device: Device, path: str, segments: SegmentTable, listing: list[Any]) -> None:
     """RocksDB cannot open on a full file system: give up the oldest segments until it can."""
     while len(listing) > 1 and device.free_bytes(path) < FREE_BYTES_MIN:
@@ -334,34 +313,6 @@ def _make_room(device: Device, path: str, segments: SegmentTable, listing: list[
         logger.warning("the file system is full: freed segment %016x to open the store", oldest.segment_id)
         device.remove(segments.path(oldest.segment_id))
         device.sync_folder(segments.folder)
-
-
-def _open_index(path: str, config: StoreConfig, environment: Environment, counters: Counters) -> Index:
-    if environment.index is not None:
-        return environment.index
-    if config.index_kind == "memory":
-        return MemoryIndex()
-    try:
-        return _rocks_index(path, config)
-    except IndexDamaged as error:
-        logger.warning("the index is damaged and will be rebuilt from the segments: %s", error)
-        counters.add("index_rebuilds")
-        return _fresh_index(path, config, environment)
-
-
-def _rocks_index(path: str, config: StoreConfig) -> RocksIndex:
-    wal_bytes = _wal_bytes(config)
-    write_buffer_bytes = min(16 * MIB, wal_bytes // 2)
-    return RocksIndex(
-        f"{path}/{INDEX_FOLDER}", write_buffer_bytes=write_buffer_bytes, wal_bytes_max=wal_bytes, block_cache_bytes=config.index_cache_bytes
-    )
-
-
-def _fresh_index(path: str, config: StoreConfig, environment: Environment) -> Index:
-    if environment.index is not None or config.index_kind == "memory":
-        return MemoryIndex()
-    set_aside(f"{path}/{INDEX_FOLDER}")
-    return _rocks_index(path, config)
 
 
 def _open_heat(path: str, config: StoreConfig, environment: Environment, superblock: Superblock) -> HeatTable:
