@@ -14,7 +14,8 @@ from .engine.config import StoreConfig
 from .engine.contract import BlockInfo, BlockSpace, GetJob, PutJob, PutState, PutStatus, Refusal, Status, Store
 from .engine.jobs import CompletionQueue
 from .engine.memory_store import MemoryStore
-from .engine.store import DiskStore, follow_store, open_store
+from .engine.opening import follow_store, open_store
+from .engine.store import DiskStore
 from .format.errors import (
     CorruptRecord,
     DeviceError,

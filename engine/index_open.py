@@ -1,47 +1,22 @@
-"""Opening the index of a store: its share of the capacity, and what to do with a damaged one."""
+"""Opening the index of a store, and what to do with a damaged one."""
 
 from __future__ import annotations
 
 import logging
 import os
 
-from ..format.errors import InvalidConfig
-from ..format.layout import INDEX_FOLDER, PAGE_BYTES
+from ..format.layout import INDEX_FOLDER
+from .capacity import wal_bytes_for
 from .config import MIB, StoreConfig
-from .heat import heat_bytes, slots_for_capacity
 from .index import Index, IndexDamaged
 from .index_memory import MemoryIndex
 from .index_rocksdb import RocksIndex, destroy, set_aside
-from .reclaim import Budget
 from .stats import Counters
 
 logger = logging.getLogger("kvlode")
 
-LOG_BYTES = 4 * MIB
-WAL_BYTES_MAX = 32 * MIB
-WAL_BYTES_MIN = 2 * MIB
-SEGMENTS_AT_LEAST = 4
 REBUILD_MARKER = "index.rebuild"
 """An empty file that tells the next open to derive the index again: damage was met while it was in use."""
-
-
-def budget_for(config: StoreConfig) -> Budget:
-    """The capacity formula with these options. Raises ``InvalidConfig`` when hardly anything would be left for segments."""
-    rocksdb_bytes = 0 if config.index_kind == "memory" else _wal_bytes(config) + LOG_BYTES
-    budget = Budget(config.capacity_bytes, 2 * PAGE_BYTES + heat_bytes(slots_for_capacity(config.capacity_bytes)) + rocksdb_bytes)
-    smallest = SEGMENTS_AT_LEAST * (config.segment_bytes or 64 * PAGE_BYTES)
-    if budget.for_segments(0, 0) < smallest:
-        raise InvalidConfig(
-            "the capacity is too small",
-            expected=f"at least {budget.fixed_bytes + smallest} bytes with these options",
-            actual=f"{config.capacity_bytes} bytes",
-            action="Raise capacity, or set a smaller segment_bytes.",
-        )
-    return budget
-
-
-def _wal_bytes(config: StoreConfig) -> int:
-    return min(WAL_BYTES_MAX, max(WAL_BYTES_MIN, config.capacity_bytes // 64))
 
 
 def open_index(path: str, config: StoreConfig, given: Index | None, counters: Counters) -> Index:
@@ -60,7 +35,7 @@ def open_index(path: str, config: StoreConfig, given: Index | None, counters: Co
 
 
 def _rocks_index(path: str, config: StoreConfig) -> RocksIndex:
-    wal_bytes = _wal_bytes(config)
+    wal_bytes = wal_bytes_for(config)
     return RocksIndex(
         f"{path}/{INDEX_FOLDER}",
         write_buffer_bytes=min(16 * MIB, wal_bytes // 2),

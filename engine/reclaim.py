@@ -11,7 +11,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from ..format.errors import DeviceError, FormatError, KvlodeError, NoSpace
 from ..format.keys import key_digest
@@ -22,9 +21,10 @@ from ..format.segment import SegmentHeader
 from ..format.walk import find_seal
 from ..gds.device import DeviceFile
 from .buffer import Buffer, Entry, Kind
+from .capacity import Budget, segment_bytes_for
 from .catalog import Catalog
 from .commit import CommitThread
-from .config import MIB, SEGMENT_BYTES_MIN, SEGMENTS_MIN, Clock, StoreConfig
+from .config import Clock, StoreConfig
 from .health import Health
 from .heat import HeatTable
 from .index_entry import IndexEntry
@@ -38,37 +38,9 @@ from .stats import Counters
 logger = logging.getLogger("kvlode")
 
 SPARE_NAME = "spare.new"
-SEGMENT_DEFAULT_MIN = 64 * MIB
-SEGMENT_DEFAULT_MAX = 4096 * MIB
-BLOCKS_PER_SEGMENT = 32
 IDLE_S = 1.0
 LEAVING_S = 0.05
 REINSERT_WAIT_S = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """The capacity formula: what everything below the store's folder may take, and what is set aside beside the segments."""
-
-    capacity_bytes: int
-    fixed_bytes: int
-    """Superblock, heat table, the bounded log and WAL of the index."""
-    index_factor: float = 2.2
-    """The index may double during compaction."""
-
-    def for_segments(self, index_bytes: int, quarantine_bytes: int) -> int:
-        """Bytes left for segments, the open one and the spare included."""
-        return self.capacity_bytes - self.fixed_bytes - int(self.index_factor * index_bytes) - quarantine_bytes
-
-
-def segment_bytes_for(config: StoreConfig, budget: Budget, block_bytes_max: int) -> int:
-    """Size of the next segment: 32 of the largest block between 64 MiB and 4 GiB, at most a sixteenth of the store."""
-    if config.segment_bytes is not None:
-        return config.segment_bytes
-    wanted = min(max(BLOCKS_PER_SEGMENT * block_bytes_max, SEGMENT_DEFAULT_MIN), SEGMENT_DEFAULT_MAX)
-    share = max(budget.for_segments(0, 0) // SEGMENTS_MIN, SEGMENT_BYTES_MIN)
-    size_bytes = min(wanted, share)
-    return size_bytes - size_bytes % PAGE_BYTES
 
 
 class Keeper:

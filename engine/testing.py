@@ -8,7 +8,8 @@ from ..gds.device import Device
 from .config import StoreConfig
 from .index import Index
 from .index_memory import MemoryIndex
-from .store import DiskStore, Environment, open_store
+from .opening import Environment, open_store
+from .store import DiskStore
 
 STORE_PATH = "/store"
 

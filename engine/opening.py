@@ -1,0 +1,254 @@
+"""Opening a store: the folder, the lock, the superblock, the index, recovery; and following one beside its writer."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+from ..format.errors import DeviceError, StoreLocked, UnsupportedFormat
+from ..format.layout import INDEX_FOLDER, LOCK_NAME, PAGE_BYTES, QUARANTINE_FOLDER, SEGMENTS_FOLDER, STRIPE_BYTES_DEFAULT, SUPERBLOCK_NAME
+from ..format.superblock import Superblock
+from ..gds.buffers import aligned_array
+from ..gds.device import Device, DeviceLock
+from ..gds.probe import open_device
+from .capacity import Budget, budget_for
+from .catalog import Catalog
+from .config import MIB, Clock, StoreConfig, SystemClock
+from .core import FOLLOWERS_NAME, Core, Parts
+from .follower import open_follower_index
+from .heat import HeatTable, slots_for_capacity
+from .index import Index
+from .index_open import fresh_index, open_index, remove_damaged_indexes
+from .recovery import list_segments, recover
+from .registry import check_same_options, registry
+from .segments import SegmentTable
+from .stats import Counters
+from .store import DiskStore
+
+logger = logging.getLogger("kvlode")
+
+FREE_BYTES_MIN = 16 * MIB
+LOCK_POLL_S = 0.05
+HEAT_NAME = "heat"
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """What tests replace: the device, the clock, and the index of a store."""
+
+    device: Device | None = None
+    clock: Clock | None = None
+    index: Index | None = None
+
+
+def open_store(path: str | os.PathLike[str], config: StoreConfig, environment: Environment | None = None) -> DiskStore:
+    """Open or create the store in folder ``path`` for writing (or follow its writer, where ``on_locked`` says so)."""
+    environment = environment or Environment()
+    if environment.device is not None:
+        return DiskStore(_open_core(os.fspath(path), config, environment))
+    folder = os.path.abspath(os.fspath(path))
+    with registry.lock:
+        active = registry.find(folder)
+        if active is not None:
+            check_same_options(folder, config, active.config)
+            return active.share()
+        store = DiskStore(_open_core(folder, config, environment))
+        registry.add(store)
+        return store
+
+
+def follow_store(path: str | os.PathLike[str], config: StoreConfig, environment: Environment | None = None) -> DiskStore:
+    """Open a store for reading beside its writer. In the writer's own process this is the writer's handle."""
+    environment = environment or Environment()
+    folder = os.path.abspath(os.fspath(path)) if environment.device is None else os.fspath(path)
+    with registry.lock:
+        active = registry.find(folder) if environment.device is None else None
+        if active is not None:
+            return active.share()
+        store = DiskStore(_open_follower(folder, config, environment))
+        if environment.device is None:
+            registry.add(store)
+        return store
+
+
+def _open_core(path: str, config: StoreConfig, environment: Environment) -> Core:
+    with contextlib.ExitStack() as undo:
+        if environment.device is None:
+            os.makedirs(path, exist_ok=True)
+        device = environment.device or open_device(config.gds, path, threads=config.io_threads)
+        owns_device = environment.device is None
+        if owns_device:
+            undo.callback(device.close)
+        _check_folder(device, path)
+        lock = _take_lock(device, path, config)
+        if lock is None:
+            return _open_follower(path, config, environment)
+        undo.callback(lock.release)
+        clock = environment.clock or SystemClock()
+        superblock = _load_or_create_superblock(device, path, clock)
+        budget = budget_for(config)
+        counters = Counters()
+        segments = SegmentTable(device, path, open_files_max=config.open_files_max)
+        listing = list_segments(device, segments.folder, superblock.store_uuid)
+        _make_room(device, path, segments, listing)
+        index = open_index(path, config, environment.index, counters)
+        undo.callback(index.close)
+        heat = _open_heat(path, config, environment, superblock)
+        catalog = Catalog(index, counters)
+        recovered = recover(device, segments, catalog, superblock.store_uuid, listing, clock, counters)
+        if recovered is None:  # the index is of another store, or unreadable: derive it again
+            index.close()
+            index = fresh_index(path, config, counters)
+            undo.callback(index.close)
+            catalog = Catalog(index, counters)
+            recovered = recover(device, segments, catalog, superblock.store_uuid, listing, clock, counters, rebuild=True)
+            assert recovered is not None
+        remove_damaged_indexes(path, config)
+        parts = Parts(path, config, clock, device, superblock, catalog, segments, heat, counters, budget, recovered, lock, owns_device)
+        core = Core(parts)
+        undo.pop_all()
+        return core
+
+
+def _check_folder(device: Device, path: str) -> None:
+    """A folder with something else in it is not a place for a store."""
+    device.make_folder(path)
+    names = device.list_folder(path)
+    if names and SUPERBLOCK_NAME not in names and any(name not in _OWN_NAMES for name in names):
+        raise UnsupportedFormat(
+            "this folder is not a kvlode store",
+            where=path,
+            expected=f"a file {SUPERBLOCK_NAME}, or an empty folder",
+            actual=", ".join(names[:5]),
+            action="Give the store a folder of its own.",
+        )
+
+
+_OWN_NAMES = {SUPERBLOCK_NAME + ".tmp", LOCK_NAME, FOLLOWERS_NAME, SEGMENTS_FOLDER, INDEX_FOLDER, QUARANTINE_FOLDER, HEAT_NAME}
+
+
+def _take_lock(device: Device, path: str, config: StoreConfig) -> DeviceLock | None:
+    """The writer's lock; ``None`` when somebody else has it and the store is to be followed instead."""
+    deadline_s = time.monotonic() + config.lock_timeout_s
+    waiting = threading.Event()
+    while True:
+        lock = device.lock(f"{path}/{LOCK_NAME}")
+        if lock is not None:
+            return lock
+        if config.on_locked == "follow":
+            return None
+        if config.on_locked == "fail" or time.monotonic() >= deadline_s:
+            raise StoreLocked(
+                "another process writes to this store",
+                where=path,
+                expected="one writer",
+                actual="its lock is held" + (f" for {config.lock_timeout_s:.0f} s" if config.on_locked == "wait" else ""),
+                action="Stop the other writer, open with on_locked='wait' or 'follow', or use a folder per writing process.",
+            )
+        waiting.wait(LOCK_POLL_S)  # file locks cannot be waited for with a deadline
+
+
+def _load_or_create_superblock(device: Device, path: str, clock: Clock) -> Superblock:
+    """Read the superblock, or make one (temp file, rename, sync of the folder) in an empty folder."""
+    place = f"{path}/{SUPERBLOCK_NAME}"
+    if device.status(place) is not None:
+        superblock = load_superblock(device, path)
+        if superblock.read_only:
+            raise UnsupportedFormat(
+                "a newer kvlode wrote this store in a way that this version can read but not write",
+                where=place,
+                action="Open it with kvlode.follow, or upgrade kvlode.",
+            )
+    else:
+        superblock = Superblock(uuid.uuid4().bytes, clock.now_ns(), STRIPE_BYTES_DEFAULT)
+        _write_superblock(device, path, superblock)
+    for folder in (SEGMENTS_FOLDER, QUARANTINE_FOLDER):
+        device.make_folder(f"{path}/{folder}")
+    device.sync_folder(path)
+    return superblock
+
+
+def _write_superblock(device: Device, path: str, superblock: Superblock) -> None:
+    temporary = f"{path}/{SUPERBLOCK_NAME}.tmp"
+    if device.status(temporary) is not None:
+        device.remove(temporary)
+    page = aligned_array(PAGE_BYTES)
+    page[:] = memoryview(superblock.pack())
+    file = device.open(temporary, "create")
+    try:
+        file.write(0, [page]).result()
+        file.sync()
+    finally:
+        file.close()
+    device.rename(temporary, f"{path}/{SUPERBLOCK_NAME}")
+    device.sync_folder(path)
+
+
+def load_superblock(device: Device, path: str) -> Superblock:
+    """The checked superblock of a store. Raises ``UnsupportedFormat`` or ``CorruptRecord``."""
+    place = f"{path}/{SUPERBLOCK_NAME}"
+    if device.status(place) is None:
+        raise UnsupportedFormat(
+            "this folder is not a kvlode store", where=path, expected=f"a file {SUPERBLOCK_NAME}", actual="none", action="Check the path."
+        )
+    page = aligned_array(PAGE_BYTES)
+    file = device.open(place, "read")
+    try:
+        count = file.read(0, [page]).result()
+    finally:
+        file.close()
+    return Superblock.parse(page[:count], where=place)
+
+
+def _make_room(device: Device, path: str, segments: SegmentTable, listing: list[Any]) -> None:
+    """RocksDB cannot open on a full file system: give up the oldest segments until it can."""
+    while len(listing) > 1 and device.free_bytes(path) < FREE_BYTES_MIN:
+        oldest = listing.pop(0)
+        logger.warning("the file system is full: freed segment %016x to open the store", oldest.segment_id)
+        device.remove(segments.path(oldest.segment_id))
+        device.sync_folder(segments.folder)
+
+
+def _open_heat(path: str, config: StoreConfig, environment: Environment, superblock: Superblock) -> HeatTable:
+    slot_count = slots_for_capacity(config.capacity_bytes)
+    if environment.device is not None:
+        return HeatTable(slot_count)
+    return HeatTable.open(f"{path}/{HEAT_NAME}", superblock.store_uuid, slot_count, create=True)
+
+
+def _open_follower(path: str, config: StoreConfig, environment: Environment) -> Core:
+    with contextlib.ExitStack() as undo:
+        if environment.device is None and not os.path.isdir(path):
+            raise UnsupportedFormat("there is no such folder", where=path, expected="the folder of a store", action="Check the path.")
+        device = environment.device or open_device(config.gds, path, threads=config.io_threads)
+        owns_device = environment.device is None
+        if owns_device:
+            undo.callback(device.close)
+        superblock = load_superblock(device, path)
+        clock = environment.clock or SystemClock()
+        counters = Counters()
+        segments = SegmentTable(device, path, open_files_max=config.open_files_max, learns=True)
+        try:
+            lock = device.lock(f"{path}/{FOLLOWERS_NAME}", shared=True)
+        except DeviceError as error:  # a read-only file system: nobody reclaims there either
+            logger.info("following without announcing it: %s", error)
+            lock = None
+        if lock is not None:
+            undo.callback(lock.release)
+        index, catch_up = open_follower_index(path, environment.index, segments, counters)
+        undo.callback(index.close)
+        slot_count = slots_for_capacity(config.capacity_bytes)
+        heat = HeatTable.open(f"{path}/{HEAT_NAME}", superblock.store_uuid, slot_count, create=False)
+        budget = Budget(config.capacity_bytes, 0)
+        catalog = Catalog(index, counters)
+        core = Core(
+            Parts(path, config, clock, device, superblock, catalog, segments, heat, counters, budget, None, lock, owns_device, catch_up)
+        )
+        undo.pop_all()
+        return core
