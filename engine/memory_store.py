@@ -240,7 +240,7 @@ class MemorySpace:
         if own not in ("copy", "borrow"):
             raise InvalidConfig("own is unknown", expected="'copy' or 'borrow'", actual=repr(own))
         views = [self._checked_view(key, block) for key, block in zip(keys, blocks, strict=True)]
-        parents = [parent, *keys[:-1]] if chained else [parent] * len(keys)
+        parents = [parent, *keys][: len(keys)] if chained else [parent] * len(keys)
         fresh = [self._new_block(above, ttl, tag, meta) for above, meta in zip(parents, metas, strict=True)]
         borrow = own == "borrow"
         job = WriteJob(len(keys), queue, borrow=borrow)
