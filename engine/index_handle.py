@@ -5,6 +5,8 @@ What is guarded against here was measured with rocksdict 0.3.29:
 * ``close`` during a read raises inside the binding, and a live iterator keeps the database locked: a gate counts the
   calls inside RocksDB, and ``close`` waits for them and takes the iterators away.
 * A forked child that drops its copy of the handle hangs and writes into the parent's database: the copy is leaked.
+  RocksDB's exit handler then joins threads that the child does not have, which hangs or crashes: the child ends before
+  it. For the same want of threads a database that a child opens never flushes and hangs at close: it is refused.
 * A thread inside RocksDB while the interpreter finalises aborts the process: open handles are closed at exit before that.
 * A list get raises for all keys when one of them lies in a damaged block: it is repeated key by key.
 """
@@ -23,7 +25,7 @@ from typing import Any
 
 from rocksdict import Rdict, RdictIter, ReadOptions
 
-from ..format.errors import StoreClosed
+from ..format.errors import InvalidConfig, StoreClosed
 from .index import IndexDamaged
 
 logger = logging.getLogger(__name__)
@@ -133,8 +135,9 @@ class Scan:
         """Give the iterator back; entries fetched so far can still be taken."""
         self._rows = None
 
-    def abandon(self) -> None:
-        """In a forked child."""
+    def abandon(self, gate: ReadGate) -> None:
+        """In a forked child; the gate's lock may be held by a thread that is no more, so there is a new one."""
+        self._gate = gate
         if self._rows is not None:
             leak(self._rows)
             self._rows = None
@@ -239,10 +242,10 @@ class RocksReader:
         handle, self._handle = self._handle, None
         if handle is not None:
             leak(handle)
-        for scan in list(self._scans):
-            scan.abandon()
         self._gate = ReadGate(self.path)
         self._gate.shut()
+        for scan in list(self._scans):
+            scan.abandon(self._gate)
         self._count_lock = threading.Lock()
         self._close_lock = threading.Lock()
         _open_readers.discard(self)
@@ -260,12 +263,37 @@ def allocated_bytes(folder: str) -> int:
     return total
 
 
+# --- fork and exit ------------------------------------------------------------------------------------------------------
+
 _open_readers: weakref.WeakSet[RocksReader] = weakref.WeakSet()
+_threads_pid: int | None = None
+"""The process that RocksDB's background threads run in; ``None`` before the first open."""
+_libc = ctypes.CDLL(None)
+_on_exit = getattr(_libc, "on_exit", None)
 
 
-def _abandon_all() -> None:
+def claim_threads(where: str, *, needs_threads: bool) -> None:
+    """Call before opening a database. Raises ``InvalidConfig`` in a child forked after one was opened, unless it needs no threads."""
+    global _threads_pid
+    if _threads_pid is None:
+        _threads_pid = os.getpid()
+    elif needs_threads and _threads_pid != os.getpid():
+        raise InvalidConfig(
+            "an index cannot be opened for writing in a process that was forked from one that had used an index",
+            where=where,
+            expected=f"process {_threads_pid}, or a process that was started afresh",
+            actual=f"its forked child {os.getpid()}",
+            action="Start this process with the spawn method, or fork before the first store is opened.",
+        )
+
+
+def _after_fork_in_child() -> None:
     for reader in list(_open_readers):
         reader.abandon()
+    if _threads_pid is not None and _on_exit is not None:
+        # Exit handlers run last to first and get the status: streams are flushed, then the process ends. Without glibc there is no on_exit.
+        _on_exit(_libc._exit, None)
+        _on_exit(_libc.fcloseall, None)
 
 
 def _close_all() -> None:
@@ -273,5 +301,5 @@ def _close_all() -> None:
         reader.close(EXIT_TIMEOUT_S)
 
 
-os.register_at_fork(after_in_child=_abandon_all)
+os.register_at_fork(after_in_child=_after_fork_in_child)
 atexit.register(_close_all)

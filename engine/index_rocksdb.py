@@ -33,7 +33,7 @@ from rocksdict import (
 
 from ..format.errors import DeviceError, KvlodeError, NoSpace, StoreLocked
 from .index import BATCH_ENTRIES_MAX, IndexDamaged, IndexWriteError
-from .index_handle import RocksReader
+from .index_handle import RocksReader, claim_threads
 
 MIB = 1 << 20
 _COLUMN_FAMILY = "default"
@@ -102,7 +102,8 @@ class RocksIndex(RocksReader):
 
     Opening creates the folder when it is missing. It raises ``StoreLocked`` when another handle has it open,
     ``NoSpace`` when the file system is full (RocksDB cannot open for writing then; a follower can), ``DeviceError``
-    for permissions and limits, and ``IndexDamaged`` for everything that a rebuild would cure.
+    for permissions and limits, ``InvalidConfig`` in a forked child whose parent has used an index (RocksDB's threads are
+    missing there; a follower can be opened), and ``IndexDamaged`` for everything that a rebuild would cure.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class RocksIndex(RocksReader):
             stall_timeout_s=stall_timeout_s,
         )
         folder = os.fspath(path)
+        claim_threads(folder, needs_threads=True)
         _check_not_beheaded(folder)
         super().__init__(folder, _open(folder, folder, tuning, AccessType.read_write()))
         self._stall_timeout_s = tuning.stall_timeout_s
@@ -197,6 +199,7 @@ class RocksFollowerIndex(RocksReader):
             os.mkdir(links)
             identity = _read_identity(self._source)
             _refresh_links(self._source, links)
+            claim_threads(self._source, needs_threads=False)
             try:
                 handle = _open(links, self._source, self._tuning, AccessType.secondary(own))
             except KvlodeError:
@@ -214,7 +217,7 @@ class RocksFollowerIndex(RocksReader):
         When the writer has replaced the index by a new one, that one is opened. Raises ``IndexDamaged`` when the
         writer's files cannot be followed now; what was seen before can still be read, and a later call may succeed.
         """
-        with self._catch_up_lock:
+        with self._gate, self._catch_up_lock:
             if _read_identity(self._source) != self._identity:
                 self._switch()
                 return
@@ -230,17 +233,14 @@ class RocksFollowerIndex(RocksReader):
     def _switch(self) -> None:
         """Go over to the index that has taken the place of the one that was followed."""
         outdated = self._links
-        handle = self._open_links()
-        with self._gate:
-            self._handle = handle
+        self._handle = self._open_links()
         shutil.rmtree(outdated, ignore_errors=True)
 
     def _follow(self) -> Exception | None:
-        with self._gate:
-            try:
-                self._opened().try_catch_up_with_primary()
-            except Exception as error:
-                return error
+        try:
+            self._opened().try_catch_up_with_primary()
+        except Exception as error:
+            return error
         return None
 
     def apply(self, puts: Sequence[tuple[bytes, bytes]], deletes: Sequence[bytes] = ()) -> None:
