@@ -219,9 +219,12 @@ class Core:
 
     def block_info(self, ident: bytes) -> BlockInfo | None:
         """Facts about a block, from the buffer or its header page."""
+        now_ns = self.clock.now_ns()
         held = self.buffer.acquire(ident)
         if held is not None:
             try:
+                if held.expires_at_ns and now_ns >= held.expires_at_ns:
+                    return None
                 durable = 0 < held.ticket <= self.buffer.tickets_settled
                 expires = held.expires_at_ns or None
                 size = held.size_bytes
@@ -229,7 +232,7 @@ class Core:
             finally:
                 self.buffer.release(held)
         entry = None if self.buffer.hides(ident) else self.find([ident])[0]
-        if entry is None or (entry.expires_at_ns and self.clock.now_ns() >= entry.expires_at_ns):
+        if entry is None or (entry.expires_at_ns and now_ns >= entry.expires_at_ns):
             return None
         try:
             with self.segments.reading(entry.segment_id) as file:

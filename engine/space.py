@@ -77,7 +77,7 @@ class Space:
         if own not in ("copy", "borrow"):
             raise InvalidConfig("own is unknown", expected="'copy' or 'borrow'", actual=repr(own))
         views = [self._checked_view(key, block) for key, block in zip(keys, blocks, strict=True)]
-        parents = [parent, *keys[:-1]] if chained else [parent] * len(keys)
+        parents = [parent, *keys][: len(keys)] if chained else [parent] * len(keys)
         metas = metas if metas is not None else [b""] * len(keys)
         entries = [self._entry(key, above, ttl, tag, meta) for key, above, meta in zip(keys, parents, metas, strict=True)]
         present = self._present([entry.ident for entry in entries])
