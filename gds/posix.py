@@ -244,6 +244,10 @@ class PosixFile:
         with self._uses.using("stat"):
             return _file_status(os.fstat(self._descriptor))
 
+    def fileno(self) -> int:
+        """The descriptor, for calls that need one; it is valid until ``close``."""
+        return self._descriptor
+
     def close(self) -> None:
         if not self._uses.close():
             return

@@ -98,7 +98,7 @@ class Gather:
         chunk.add_done_callback(self._chunk_done)
 
     def fail_unsubmitted(self, chunks: int, error: BaseException) -> None:
-        """Count ``chunks`` chunks as failed that could not even be submitted."""
+        """Count chunks as failed that could not even be submitted."""
         self._account(chunks, 0, error)
 
     def _chunk_done(self, chunk: Future[Any]) -> None:
