@@ -31,7 +31,8 @@ from kvlode import (
     Store,
     StoreClosed,
 )
-from model import ManualClock, block_bytes, descriptor, version_of
+from kvlode.engine.testing import ManualClock
+from model import block_bytes, descriptor, version_of
 
 WAIT_S = 30.0
 """Longer than anything here takes; reached only by a defect."""

@@ -14,25 +14,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kvlode import Namespace, PutState, PutStatus, Status
+from kvlode.engine.testing import ManualClock
 
 HEAD_BYTES = 8
 """Blocks of this size or more begin with their version, little-endian."""
-
-
-class ManualClock:
-    """Time that moves only when a test moves it (``engine.config.Clock``)."""
-
-    def __init__(self, now_s: float = 1_700_000_000.0) -> None:
-        self._now_ns = int(now_s * 1e9)
-
-    def now_ns(self) -> int:
-        return self._now_ns
-
-    def monotonic_s(self) -> float:
-        return self._now_ns / 1e9
-
-    def advance(self, seconds: float) -> None:
-        self._now_ns += int(seconds * 1e9)
 
 
 def descriptor(name: str = "model", **fields: object) -> Namespace:

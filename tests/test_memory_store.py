@@ -7,7 +7,8 @@ import pytest
 
 from conformance import StoreConformance, read
 from kvlode import BlockSpace, InvalidConfig, MemoryStore, PutState, PutStatus, Refusal, Status, Store
-from model import ManualClock, block_bytes, descriptor
+from kvlode.engine.testing import ManualClock
+from model import block_bytes, descriptor
 
 
 class TestMemoryStore(StoreConformance):
