@@ -1,0 +1,99 @@
+"""One run of the bench: a folder of its own, the items that were asked for, the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from ...engine.config import parse_bytes
+from ...format.errors import InvalidConfig
+from . import drive, million
+from .codecs import measure_codecs
+from .dram import measure_dram
+from .figures import Item
+from .machine import check_free_space, machine_facts
+from .million import Million
+from .report import show, to_json
+from .setting import Setting
+from .workload import MIB
+
+FOLDER_DEFAULT = ".bench"
+SIZE_DEFAULT = 2048 * MIB
+ROUNDS_DEFAULT = 9
+QUICK_SIZE_BYTES = 8 * MIB
+QUICK_ROUNDS = 3
+
+_DRIVE: dict[str, Callable[[Setting], list[Item]]] = {"write_raw": drive.measure_writes, "read_raw": drive.measure_reads}
+_MEMORY: dict[str, Callable[[Setting], list[Item]]] = {"dram_get": measure_dram, "compression": measure_codecs}
+ITEMS = (*_DRIVE, *_MEMORY, *million.NAMES)
+"""Names for ``items``; some give several figures, named ``<item>.<what>``."""
+
+
+def run_bench(
+    path: str | os.PathLike[str] | None = None,
+    *,
+    as_json: bool = False,
+    items: Sequence[str] | None = None,
+    size_bytes: int | str = SIZE_DEFAULT,
+    rounds: int = ROUNDS_DEFAULT,
+    quick: bool = False,
+    console: Console | None = None,
+) -> int:
+    """Measure ``items`` (names of ``ITEMS``; default all) in a new folder below ``path`` (default ``./.bench``), which is removed again.
+
+    ``size_bytes`` (or text such as ``"2GiB"``) is what a round writes or reads. ``quick`` shrinks everything: it shows that
+    the bench works and measures nothing. ``console`` shows progress (standard error by default); the table or, with
+    ``as_json``, one JSON object on the last line goes to standard output. Returns 0, also when bars are missed; 1 when a
+    figure is void. Raises ``InvalidConfig`` and ``NoSpace`` before anything is made.
+    """
+    started = time.perf_counter()
+    chosen = _chosen(items)
+    if rounds < 1:
+        raise InvalidConfig("rounds is too small", expected=">= 1 (9 or more for a figure to be relied on)", actual=rounds)
+    above = Path(path or FOLDER_DEFAULT)
+    created = not above.exists()
+    above.mkdir(parents=True, exist_ok=True)
+    root = tempfile.mkdtemp(prefix="kvlode-bench-", dir=above)
+    try:
+        setting = Setting(
+            root=root,
+            size_bytes=QUICK_SIZE_BYTES if quick else parse_bytes(size_bytes, "size"),
+            rounds=min(rounds, QUICK_ROUNDS) if quick else rounds,
+            quick=quick,
+            console=console or Console(stderr=True),
+        )
+        check_free_space(root, max([drive.needed_bytes(setting)] + [million.needed_bytes(setting)] * bool(chosen & set(million.NAMES))))
+        machine = machine_facts(root)
+        measured = _measure(setting, chosen)
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+        if created:
+            shutil.rmtree(above, ignore_errors=True)
+    if as_json:
+        print(json.dumps(to_json(measured, machine, setting, time.perf_counter() - started)))
+    else:
+        show(measured, machine, setting)
+    return 1 if any(item.state == "void" for item in measured) else 0
+
+
+def _chosen(items: Sequence[str] | None) -> set[str]:
+    unknown = [item for item in items or () if item not in ITEMS]
+    if unknown:
+        raise InvalidConfig("there is no such item", expected=" or ".join(ITEMS), actual=", ".join(unknown))
+    return set(items or ITEMS)
+
+
+def _measure(setting: Setting, chosen: set[str]) -> list[Item]:
+    measured: list[Item] = []
+    for name, measure in (_DRIVE | _MEMORY).items():
+        if name in chosen:
+            measured += measure(setting)
+    wanted = chosen & set(million.NAMES)
+    return measured + (Million(setting, wanted).measure() if wanted else [])
