@@ -314,8 +314,7 @@ def _copy_on_stream(
                     target.copy_(_host_tensor(torch, source), non_blocking=True)
                 else:
                     _host_tensor(torch, target).copy_(source, non_blocking=True)
-            copied = torch.cuda.Event()
-            copied.record(queue)
+            copied = queue.record_event()
         copied.synchronize()
 
 

@@ -277,6 +277,13 @@ class Buffer:
                         self.unwritten_bytes -= entry.size_bytes
             return taken
 
+    def take_reinsertions(self) -> list[Entry]:
+        """All waiting copies of stored records, for a segment that was just opened."""
+        with self.condition:
+            taken = list(self.reinsertions)
+            self.reinsertions.clear()
+            return taken
+
     def settle(self, entries: Iterable[Entry], status: PutStatus = DURABLE, *, keep_readable: bool = False) -> None:
         """The log is done with these entries: durable, or given up with ``status``.
 

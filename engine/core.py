@@ -36,7 +36,7 @@ from .namespaces import NamespaceTable
 from .pins import PinTable
 from .policy import HitThreshold
 from .reader import EXTENT_BYTES_MAX, Reader, ReadRequest
-from .reclaim import Budget, Keeper
+from .reclaim import Keeper
 from .recovery import Recovered
 from .reinsertion import load_header
 from .segments import SegmentTable

@@ -41,6 +41,8 @@ SPARE_NAME = "spare.new"
 IDLE_S = 1.0
 LEAVING_S = 0.05
 REINSERT_WAIT_S = 30.0
+FOLLOWED_AHEAD = 8
+"""While others follow, one part in this many of the capacity is freed ahead of the writer."""
 
 
 class Keeper:
@@ -187,7 +189,7 @@ class Keeper:
                 if self._step():
                     continue
                 # freed segments leave when a grace period or a reader ends, which nobody announces
-                if any(segment.retired_at_s is not None for segment in self._segments.all()):
+                if self._leaving():
                     pause_s = LEAVING_S
             except Exception as error:  # the thread must outlive every error: without it the writer would starve
                 self._counters.add("reclaim_errors")
@@ -206,32 +208,57 @@ class Keeper:
             self._on_index_damaged()
         if self._remove_one():
             return True
-        needed_bytes = max(segment_bytes_for(self._config, self.budget, self._block_bytes_max), self._bytes_wanted)
-        room_bytes = self._room_bytes()
-        if self._spare_bytes < needed_bytes:
-            if self._spare_bytes:
-                self._discard_spare()
-            elif room_bytes >= needed_bytes:
-                return self._make_spare(needed_bytes)
-            elif not self._free_oldest():
-                self._give_up()
-                return False
+        if 0 < self._spare_bytes < self._needed_bytes():
+            self._discard_spare()
             return True
-        return room_bytes < needed_bytes and self._free_oldest()
+        if self._spare_bytes:
+            return self._coming_bytes() < self._ahead_bytes() and self._free_oldest()
+        return self._provide_spare()
+
+    def _provide_spare(self) -> bool:
+        """Make the spare segment, after freeing the oldest when only the reserve is left (see ``_reinsert``)."""
+        needed_bytes = self._needed_bytes()
+        if self._coming_bytes() < 2 * needed_bytes and self._free_oldest():
+            return True
+        if self._room_bytes() >= needed_bytes and self._make_spare(needed_bytes):
+            return True
+        if self._room_bytes() >= needed_bytes and not self._leaving() and self._free_oldest():
+            return True  # the file system is full although the capacity is not used up
+        self._give_up()
+        return False
+
+    def _needed_bytes(self) -> int:
+        """Size of the next segment."""
+        return max(segment_bytes_for(self._config, self.budget, self._block_bytes_max), self._bytes_wanted)
 
     def _room_bytes(self) -> int:
         allowance = self.budget.for_segments(self._catalog.index.size_bytes(), self._quarantine_bytes())
         return allowance - self.used_bytes()
 
+    def _coming_bytes(self) -> int:
+        """Room now and after the files of freed segments are gone."""
+        return self._room_bytes() + sum(segment.size_bytes for segment in self._leaving())
+
+    def _leaving(self) -> list[Segment]:
+        """Freed segments that still have their file, for readers or followers."""
+        return [segment for segment in self._segments.all() if segment.retired_at_s is not None]
+
+    def _ahead_bytes(self) -> int:
+        """Room to keep free beside the spare: one segment, as the reserve of reinsertion; more while freed segments have
+        to wait for followers before they give their room back."""
+        share_bytes = self.budget.capacity_bytes // FOLLOWED_AHEAD if self._followers_present() else 0
+        return max(self._needed_bytes(), share_bytes)
+
     def _give_up(self) -> None:
         """Nothing can be freed now: let a waiting writer refuse its blocks instead of waiting out its deadline."""
-        if any(segment.retired_at_s is not None for segment in self._segments.all()):
+        if self._leaving():
             return  # room appears when the grace of a freed segment ends
         with self._condition:
             self._no_space = True
             self._condition.notify_all()
 
     def _make_spare(self, size_bytes: int) -> bool:
+        """False when the file system has no room for it."""
         device = self._segments.device
         try:
             file = device.open(self._spare_path(), "create")
@@ -243,10 +270,7 @@ class Keeper:
             self._counters.add("no_space_errors")
             logger.warning("no room for a segment: %s", error)
             device.remove(self._spare_path())
-            if not self._free_oldest():
-                self._give_up()
-                return False
-            return True
+            return False
         with self._condition:
             self._spare_bytes = size_bytes
             self.starved = False
@@ -314,7 +338,7 @@ class Keeper:
         candidates = [self._candidate(table, i, ident) for i, ident in zip(rows, idents, strict=True) if ident in live]
         chosen = self._policy.choose(candidates, victim.size_bytes)
         chosen = [candidate for candidate in chosen if self._namespaces.get(candidate.ident[:16]) is not None]
-        if chosen and not self._writer_waits:
+        if chosen:
             self._reinsert(victim, table, chosen)
         return places
 
@@ -350,21 +374,25 @@ class Keeper:
     def _reinsert(self, victim: Segment, table: SealTable, chosen: list[Candidate]) -> None:
         """Copy blocks forward through the writer and wait until they are indexed at their new place.
 
-        When the writer runs out of room first, what is not placed yet is called off: it waits for this segment's room.
+        A writer that waits for a segment meanwhile gets one made of the reserve, and places these copies first. When even that
+        is used up, what is not placed yet is called off: the writer waits for this segment's room.
         """
         group = CopyForward()
         with self._segments.reading(victim.segment_id) as file:
             if file is None:
                 return
             for candidate in chosen:
-                if self._writer_waits:
-                    break
                 self._copy_forward(group, victim, file, int(table.page[candidate.position]) * PAGE_BYTES)
         deadline_s = time.monotonic() + REINSERT_WAIT_S
         while not group.wait(LEAVING_S):
-            if self._writer_waits or self._health.failure is not None or time.monotonic() >= deadline_s:
+            failed = self._health.failure is not None or time.monotonic() >= deadline_s
+            if failed or (self._writer_waits and not self._spare_bytes and not self._use_reserve()):
                 group.called_off = True
+                self._counters.add("reinsertions_called_off")
                 break
+
+    def _use_reserve(self) -> bool:
+        return self._room_bytes() >= self._needed_bytes() and self._make_spare(self._needed_bytes())
 
     def _copy_forward(self, group: CopyForward, victim: Segment, file: DeviceFile, offset: int) -> None:
         try:

@@ -168,6 +168,7 @@ class Writer:
                 continue
             placeable = self._placeable(records)
             if placeable == 0 and self._next_segment(records[0]):
+                records = self._waiting_reinsertions() + records
                 placeable = self._placeable(records)
             if placeable == 0:
                 self._counters.add("refused_no_space", len(records))
@@ -175,6 +176,12 @@ class Writer:
                 return
             self._write_records(records[:placeable])
             records = records[placeable:]
+
+    def _waiting_reinsertions(self) -> list[Record | Dropped]:
+        """Copies that wait for a segment go first into a new one: it may have been made of the room that was reserved for them."""
+        entries = self._buffer.take_reinsertions()
+        self._taken[:0] = entries
+        return self._records(entries)
 
     def _records(self, entries: list[Entry]) -> list[Record | Dropped]:
         """Headers and payloads of a batch; blocks cancelled or damaged in the meantime keep their turn."""

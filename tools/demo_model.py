@@ -80,13 +80,15 @@ def _convert(weights: Path, folder: Path) -> None:
     """GGUF to an ordinary folder, complete or not there at all."""
     import torch
     import transformers
+    from transformers.utils.quantization_config import GgufConfig
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix="converting-", dir=folder.parent))
     try:
         options = {"gguf_file": weights.name, "dtype": torch.bfloat16}
-        quantisation = transformers.utils.quantization_config.GgufConfig(dequantize=True)
-        model = transformers.AutoModelForCausalLM.from_pretrained(weights.parent, quantization_config=quantisation, **options)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            weights.parent, quantization_config=GgufConfig(dequantize=True), **options
+        )
         model.save_pretrained(unfinished)
         transformers.AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name).save_pretrained(unfinished)
         try:
