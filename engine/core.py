@@ -21,11 +21,13 @@ from ..gds.buffers import SlotPool, aligned_array
 from ..gds.device import Device, DeviceLock
 from ..gds.threads import WorkerPool
 from .buffer import Buffer
+from .capacity import Budget
 from .catalog import Catalog
 from .commit import CommitThread
 from .config import MIB, Clock, StoreConfig
 from .contract import BlockInfo, Refusal, Status
 from .encoder import Encoder
+from .eviction import Evictor
 from .health import Health
 from .heat import HeatTable
 from .index_entry import IndexEntry
@@ -117,8 +119,7 @@ class Core:
 
     def _wire_writer(self, recovered: Recovered) -> None:
         self.commit = CommitThread(self.buffer, self.catalog, self.segments, self.counters, self.health)
-        self.keeper = Keeper(
-            self.config,
+        evictor = Evictor(
             self.clock,
             self.segments,
             self.buffer,
@@ -127,13 +128,23 @@ class Core:
             self.heat,
             HitThreshold(self.config.reinsert_hits_min),
             self.counters,
+            self.namespaces,
+            store_uuid=self.superblock.store_uuid,
+            pinned=self.pins.__contains__,
+        )
+        self.keeper = Keeper(
+            self.config,
+            self.clock,
+            self.segments,
+            self.catalog,
+            self.commit,
+            self.counters,
             self.health,
+            evictor,
             self.budget,
             store_uuid=self.superblock.store_uuid,
             epoch=recovered.epoch,
             next_segment_id=recovered.next_segment_id,
-            namespaces=self.namespaces,
-            pinned=self.pins.__contains__,
             followers_present=self._followers_present,
             quarantine_bytes=self._quarantine_bytes,
             on_index_damaged=lambda: mark_for_rebuild(self.path, self.config),

@@ -1,0 +1,185 @@
+"""Emptying the segment that is to be freed: copy forward what the policy keeps, take the other blocks out of the index."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from ..format.errors import DeviceError, FormatError, KvlodeError
+from ..format.keys import key_digest
+from ..format.layout import PAGE_BYTES, RecordType
+from ..format.namespace import Namespace
+from ..format.seal import SealTable
+from ..format.walk import find_seal
+from ..gds.device import DeviceFile
+from .buffer import Buffer, Entry, Kind
+from .catalog import Catalog
+from .commit import CommitThread
+from .config import Clock
+from .heat import HeatTable
+from .index_entry import IndexEntry
+from .namespaces import NamespaceTable
+from .policy import Candidate, ReinsertionPolicy
+from .reinsertion import CopyForward, Reinsertion, file_reader, load_record
+from .segments import Segment, SegmentTable
+from .stats import Counters
+
+logger = logging.getLogger("kvlode")
+
+COMMIT_WAIT_S = 30.0
+COPY_POLL_S = 0.05
+
+
+class Evictor:
+    """Used by the keeper thread alone."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        segments: SegmentTable,
+        buffer: Buffer,
+        catalog: Catalog,
+        commit: CommitThread,
+        heat: HeatTable,
+        policy: ReinsertionPolicy,
+        counters: Counters,
+        namespaces: NamespaceTable,
+        *,
+        store_uuid: bytes,
+        pinned: Callable[[bytes], bool],
+    ) -> None:
+        self._clock = clock
+        self._segments = segments
+        self._buffer = buffer
+        self._catalog = catalog
+        self._commit = commit
+        self._heat = heat
+        self._policy = policy
+        self._counters = counters
+        self._namespaces = namespaces
+        self._store_uuid = store_uuid
+        self._pinned = pinned
+
+    def empty(self, victim: Segment, out_of_room: Callable[[], bool]) -> int:
+        """No index entry points into the segment afterwards; returns how many blocks were given up.
+
+        ``out_of_room`` is asked while copies wait for the writer; True calls off those that are not placed yet.
+        """
+        table = self._table(victim)
+        if table is None:
+            places = self._places_by_scan(victim.segment_id)
+        else:
+            places = self._carry_forward(victim, table, out_of_room)
+        return self._commit.call(lambda: self._catalog.drop_if_at(places)).result(COMMIT_WAIT_S)
+
+    def _table(self, victim: Segment) -> SealTable | None:
+        """The victim's table of contents, or ``None`` when it cannot be read."""
+        with self._segments.reading(victim.segment_id) as file:
+            if file is None:
+                return None
+            try:
+                found = find_seal(file_reader(file), victim.size_bytes, store_uuid=self._store_uuid, segment_id=victim.segment_id)
+            except (FormatError, DeviceError) as error:
+                logger.warning("%s", error)
+                return None
+        return None if found is None else found[1]
+
+    def _places_by_scan(self, segment_id: int) -> list[tuple[bytes, int, int]]:
+        """Entries of a segment whose table is damaged, by going through the whole index."""
+        entries = ((ident, IndexEntry.unpack(value)) for ident, value in self._catalog.index.scan() if ident[:16] != bytes(16))
+        return [(ident, segment_id, entry.offset) for ident, entry in entries if entry.segment_id == segment_id]
+
+    def _carry_forward(
+        self, victim: Segment, table: SealTable, out_of_room: Callable[[], bool]
+    ) -> list[tuple[bytes, int, int]]:
+        """Reinsert what the policy keeps; returns the places of all blocks of the victim."""
+        self._learn_namespaces(victim, table)
+        rows = [i for i in range(len(table)) if table.type[i] == RecordType.BLOCK]
+        idents = [bytes(table.namespace[i]) + table.key(i) for i in rows]
+        places = [(ident, victim.segment_id, int(table.page[i]) * PAGE_BYTES) for i, ident in zip(rows, idents, strict=True)]
+        live = self._live(places)
+        candidates = [self._candidate(table, i, ident) for i, ident in zip(rows, idents, strict=True) if ident in live]
+        chosen = self._policy.choose(candidates, victim.size_bytes)
+        chosen = [candidate for candidate in chosen if self._namespaces.get(candidate.ident[:16]) is not None]
+        if chosen:
+            self._reinsert(victim, table, chosen, out_of_room)
+        return places
+
+    def _learn_namespaces(self, victim: Segment, table: SealTable) -> None:
+        """Blocks of namespaces that this process never opened are carried forward too: the segment describes them itself."""
+        for row in range(len(table)):
+            if table.type[row] != RecordType.NAMESPACE or self._namespaces.get(bytes(table.namespace[row])) is not None:
+                continue
+            with self._segments.reading(victim.segment_id) as file:
+                if file is None:
+                    return
+                try:
+                    header, payload = load_record(file, self._store_uuid, victim.segment_id, int(table.page[row]) * PAGE_BYTES)
+                    self._namespaces.register(Namespace.parse(bytes(payload[: header.raw_length])))
+                except (KvlodeError, OSError) as error:
+                    logger.warning("a namespace record could not be read, its blocks are not carried forward: %s", error)
+
+    def _live(self, places: list[tuple[bytes, int, int]]) -> set[bytes]:
+        now_ns = self._clock.now_ns()
+        live = set()
+        entries = self._catalog.find([ident for ident, _, _ in places])
+        for (ident, segment_id, offset), entry in zip(places, entries, strict=True):
+            if entry is None or (entry.segment_id, entry.offset) != (segment_id, offset):
+                continue
+            if entry.expires_at_ns == 0 or now_ns < entry.expires_at_ns:
+                live.add(ident)
+        return live
+
+    def _candidate(self, table: SealTable, row: int, ident: bytes) -> Candidate:
+        slot = self._heat.slot(ident[:16], key_digest(ident[16:]))
+        return Candidate(row, ident, int(table.stored_length[row]), self._heat.count(slot), self._pinned(ident))
+
+    def _reinsert(self, victim: Segment, table: SealTable, chosen: list[Candidate], out_of_room: Callable[[], bool]) -> None:
+        """Copy blocks forward through the writer and wait until they are indexed at their new place.
+
+        A writer that waits for a segment meanwhile gets one made of the reserve, and places these copies first. When even that
+        is used up, what is not placed yet is called off: the writer waits for this segment's room.
+        """
+        group = CopyForward()
+        with self._segments.reading(victim.segment_id) as file:
+            if file is None:
+                return
+            for candidate in chosen:
+                self._copy_forward(group, victim, file, int(table.page[candidate.position]) * PAGE_BYTES)
+        deadline_s = time.monotonic() + COMMIT_WAIT_S
+        while not group.wait(COPY_POLL_S):
+            if out_of_room() or time.monotonic() >= deadline_s:
+                group.called_off = True
+                self._counters.add("reinsertions_called_off")
+                break
+
+    def _copy_forward(self, group: CopyForward, victim: Segment, file: DeviceFile, offset: int) -> None:
+        try:
+            header, payload = load_record(file, self._store_uuid, victim.segment_id, offset)
+        except (FormatError, DeviceError) as error:
+            self._counters.add("corrupt_reinsertions")
+            logger.error("not copied forward: %s", error)
+            return
+        entry = Entry(Kind.REINSERT, self._namespaces.get(header.namespace), header.key)
+        entry.version_seq = header.version_seq
+        entry.size_bytes = payload.size
+        entry.on_settled = group.settled
+        entry.reinsertion = Reinsertion(header, payload, self._wanted(group, entry.ident, victim.segment_id, offset))
+        group.add()
+        self._heat.halve(self._heat.slot(header.namespace, key_digest(header.key)))
+        self._buffer.enqueue_reinsertion(entry)
+
+    def _wanted(self, group: CopyForward, ident: bytes, segment_id: int, offset: int) -> Callable[[], bool]:
+        """Asked by the writer right before it places the copy: no change of the key is pending and the index still points here.
+
+        This keeps a tombstone from ever lying in an earlier segment than a record it kills.
+        """
+
+        def still_wanted() -> bool:
+            if group.called_off or self._buffer.changing(ident):
+                return False
+            entry = self._catalog.find([ident])[0]
+            return entry is not None and (entry.segment_id, entry.offset) == (segment_id, offset)
+
+        return still_wanted
