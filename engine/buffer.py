@@ -16,9 +16,14 @@ from typing import Any
 
 from ..format.errors import StoreClosed
 from ..format.layout import ZERO_DIGEST
+from ..gds.prefault import Prefault
 from .arena import Allocation, Bytes, ChunkArena
 from .contract import PutStatus, Refusal
 from .jobs import DURABLE, refused
+
+PREFAULT_BYTES_MIN = 64 << 20
+"""Smaller buffers are not touched in advance: the first blocks do it as fast."""
+PREFAULT_STOP_S = 1.0
 
 
 class Kind(enum.IntEnum):
@@ -85,6 +90,7 @@ class Buffer:
         self.dropped_blocks = 0
         self.flush_target = 0
         self._arena = ChunkArena(memory)
+        self._prefault = Prefault(memory) if memory.size >= PREFAULT_BYTES_MIN else None
         self._clean: OrderedDict[bytes, Entry] = OrderedDict()
         self._serve_clean = serve_clean
         self._closed = False
@@ -196,6 +202,8 @@ class Buffer:
 
     def close(self) -> None:
         """No further changes: what is still queued is given up, so that nobody waits for it for ever."""
+        if self._prefault is not None:
+            self._prefault.stop(PREFAULT_STOP_S)
         with self.condition:
             self._closed = True
             abandoned = [*self.reinsertions, *self.queue]
@@ -346,6 +354,10 @@ class Buffer:
         if entry.state is State.GONE and settled and entry.pins == 0 and entry.allocation is not None:
             self._arena.release(entry.allocation)
             entry.allocation, entry.spans = None, ()
+
+    def wait_prefaulted(self, timeout_s: float | None) -> bool:
+        """Wait until the memory was touched in advance (or that was given up); False when the deadline passed."""
+        return self._prefault is None or self._prefault.wait(timeout_s)
 
     # --- progress ---------------------------------------------------------------------------------------------
 

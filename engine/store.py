@@ -76,6 +76,11 @@ class DiskStore:
         self._core.check_usable()
         return self._core.flush(timeout)
 
+    def warm_up(self, timeout: float | None = None) -> bool:
+        """Wait until the buffer's memory is there, which opening began in the background; puts may be slower before. False: too late."""
+        self._core.check_usable()
+        return self._core.buffer.wait_prefaulted(timeout)
+
     def stats(self) -> Mapping[str, Any]:
         self._core.check_usable()
         return self._core.stats()

@@ -11,6 +11,7 @@ from ...engine.store import DiskStore
 from .workload import BLOCK_BYTES, MIB
 
 QUICK_BLOCK_BYTES = MIB // 4
+WARM_UP_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ class Setting:
 
     def settle(self, store: DiskStore) -> None:
         """Wait until what an opened store does once in the background is over: a service is measured, not its first second."""
+        store.warm_up(WARM_UP_S)
 
     def step(self, name: str, arm: Callable[[int], float]) -> Callable[[int], float]:
         """``arm`` with a line of progress for each round."""
