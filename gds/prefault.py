@@ -65,4 +65,4 @@ def _populate(address: int, length: int) -> bool:
     """One call of the kernel; False when it refused."""
     page_bytes = os.sysconf("SC_PAGE_SIZE")
     first = address - address % page_bytes
-    return _libc.madvise(first, address + length - first, MADV_POPULATE_WRITE) == 0
+    return bool(_libc.madvise(first, address + length - first, MADV_POPULATE_WRITE) == 0)
