@@ -31,7 +31,7 @@ from .eviction import Evictor
 from .health import Health
 from .heat import HeatTable
 from .index_entry import IndexEntry
-from .index_open import mark_for_rebuild
+from .index_open import mark_for_rebuild, read_ahead
 from .jobs import ReadJob
 from .lookups import LookupCache
 from .namespaces import NamespaceTable
@@ -116,6 +116,7 @@ class Core:
         if recovered is not None:
             self._wire_writer(recovered)
         self.lookups.start()
+        self._job_pool.submit(read_ahead, self.path)
 
     def _wire_writer(self, recovered: Recovered) -> None:
         self.commit = CommitThread(self.buffer, self.catalog, self.segments, self.counters, self.health)
