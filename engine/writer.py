@@ -6,12 +6,11 @@ decided by the commit thread (``engine.commit``), which gets every entry in the 
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -216,7 +215,7 @@ class Writer:
         for entry, parent in zip(waiting, self._catalog.find(parents) if waiting else [], strict=True):
             entry.depth = 0 if parent is None else parent.depth + 1
 
-    def _header(self, entry: Entry, record_type: RecordType) -> RecordHeader:
+    def _header(self, entry: Entry, record_type: RecordType, **payload: Any) -> RecordHeader:
         return RecordHeader(
             record_type=record_type,
             store_uuid=bytes(16),
@@ -233,11 +232,13 @@ class Writer:
             depth=entry.depth,
             written_at_ns=entry.written_at_ns,
             expires_at_ns=entry.expires_at_ns,
+            **payload,
         )
 
     def _block_record(self, entry: Entry, encoded: EncodedBlock) -> Record:
-        header = dataclasses.replace(
-            self._header(entry, RecordType.BLOCK),
+        header = self._header(
+            entry,
+            RecordType.BLOCK,
             element_size=entry.namespace.descriptor.element_size,
             codec=encoded.codec,
             stripe_bytes=encoded.stripe_bytes,
