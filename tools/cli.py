@@ -1,0 +1,138 @@
+"""The ``kvlode`` command. Each command lives in a module of its own, imported when it is used."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ..format.errors import FormatError, InvalidConfig, KvlodeError, PathUnavailable
+
+EXIT_USAGE = 2
+"""The request cannot work: a wrong path, a folder that is no store, an option out of its range."""
+EXIT_FAILED = 8
+"""The request was right and failed: locked, out of space, an I/O error."""
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="kvlode",
+    help="A storage engine for the KV cache of LLM inference: look at stores, check the machine, measure.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line.")]
+StorePath = Annotated[Path, typer.Argument(help="The store's folder.", show_default=False)]
+
+
+class Dtype(StrEnum):
+    """Types that the demo's model can be computed in."""
+
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+def _progress() -> Console:
+    return Console(stderr=True)
+
+
+@app.command()
+def demo(
+    dtype: Annotated[Dtype, typer.Option(help="Type to compute in.")] = Dtype.bfloat16,
+    store: Annotated[Path | None, typer.Option(help="Keep the store here (default: a temporary folder).", show_default=False)] = None,
+    document_tokens: Annotated[int, typer.Option(help="Length of the document in the prompt.", min=256, max=6000)] = 3072,
+    as_json: AsJson = False,
+) -> None:
+    """Store a real model's prefix in one process, restore it in another, compare tokens and times."""
+    from .demo import run_demo
+
+    raise typer.Exit(run_demo(dtype=dtype.value, store=store, as_json=as_json, document_tokens=document_tokens, console=_progress()))
+
+
+@app.command()
+def stat(path: StorePath, as_json: AsJson = False) -> None:
+    """What a store holds: segments, namespaces, sizes, compression. Only reads; works beside a running engine."""
+    from .stat import show_stat
+
+    raise typer.Exit(show_stat(path, as_json=as_json))
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="The store's folder, or one segment file.", show_default=False)],
+    segment: Annotated[str | None, typer.Option(help="Show this segment (id in hex, or its file name).", show_default=False)] = None,
+    record: Annotated[int | None, typer.Option(help="Show the record at this offset, with its bytes.", show_default=False)] = None,
+    limit: Annotated[int, typer.Option(help="Rows to show at most.", min=1)] = 200,
+    as_json: AsJson = False,
+) -> None:
+    """Look into a store: its segments, one segment, one record. Only reads; needs neither the engine nor its index."""
+    from .inspect import inspect as run
+
+    raise typer.Exit(run(path, segment=segment, record=record, limit=limit, as_json=as_json))
+
+
+@app.command()
+def doctor(path: Annotated[Path, typer.Argument(help="Where a store is or shall be.")] = Path("."), as_json: AsJson = False) -> None:
+    """What this machine can do for a store here: file system, O_DIRECT, GPU, GDS, limits; what it means and what to do."""
+    from .doctor import doctor as run
+
+    raise typer.Exit(run(path, as_json=as_json))
+
+
+@app.command()
+def bench(
+    path: Annotated[Path | None, typer.Argument(help="Measure below this folder (default: ./.bench).", show_default=False)] = None,
+    items: Annotated[list[str] | None, typer.Option("--item", help="Only this item; may be repeated.", show_default=False)] = None,
+    size: Annotated[str, typer.Option(help="What a round writes or reads.")] = "2GiB",
+    rounds: Annotated[int, typer.Option(help="Rounds of each pair.", min=1)] = 9,
+    quick: Annotated[bool, typer.Option("--quick", help="Only show that the bench works; the figures mean nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the store against a bare loop over the same drive and memory, in the same run."""
+    from .bench import run_bench
+
+    code = run_bench(path, as_json=as_json, items=items, size_bytes=size, rounds=rounds, quick=quick, console=_progress())
+    raise typer.Exit(code)
+
+
+@app.command("gpu-check")
+def gpu_check(
+    path: Annotated[Path | None, typer.Argument(help="Check in a new folder below this one.", show_default=False)] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the report to this file.", show_default=False)] = None,
+) -> None:
+    """On a machine with a GPU: device conformance and bandwidth by path."""
+    from .gpu_check import run_gpu_check
+
+    raise typer.Exit(run_gpu_check(path, json_path, _progress()))
+
+
+@app.command()
+def version(as_json: AsJson = False) -> None:
+    """Versions of kvlode and of its format."""
+    from importlib.metadata import version as installed
+
+    from ..format.layout import FORMAT_VERSION
+    from .output import print_json
+
+    facts = {"kvlode": installed("kvlode"), "format": FORMAT_VERSION, "python": sys.version.split()[0]}
+    if as_json:
+        print_json(facts)
+    else:
+        print(f"kvlode {facts['kvlode']}, format {facts['format']}, Python {facts['python']}")
+
+
+def main() -> None:
+    """Entry point: errors of kvlode become one line on standard error and an exit code."""
+    try:
+        app(standalone_mode=True)
+    except KvlodeError as error:
+        print(f"kvlode: {error}", file=sys.stderr)
+        usage = isinstance(error, InvalidConfig | PathUnavailable | FormatError)
+        sys.exit(EXIT_USAGE if usage else EXIT_FAILED)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
