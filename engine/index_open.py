@@ -18,6 +18,7 @@ logger = logging.getLogger("kvlode")
 
 READ_AHEAD_BYTES_MAX = 512 * MIB
 """Of the index's tables, about 3 million keys."""
+READ_AHEAD_STEP_BYTES = MIB
 REBUILD_MARKER = "index.rebuild"
 """An empty file that tells the next open to derive the index again: damage was met while it was in use."""
 
@@ -48,26 +49,23 @@ def _rocks_index(path: str, config: StoreConfig) -> RocksIndex:
 
 
 def read_ahead(path: str) -> None:
-    """Have the system read the index's tables into its page cache; takes as long as the drive needs, or less.
+    """Read the index's tables once, so that they are in the page cache; as fast as the drive reads in sequence.
 
-    After a restart of the machine each lookup would otherwise wait for a random read of its own: measured 170 us a key.
+    After a restart of the machine each lookup would otherwise wait for a random read of its own: measured 190 us a key.
+    (Advice to the system is no help: Linux reads ahead as little as 128 KiB for each call.)
     """
+    memory = bytearray(READ_AHEAD_STEP_BYTES)
     left_bytes = READ_AHEAD_BYTES_MAX
     for table in sorted(Path(path, INDEX_FOLDER).glob("*.sst"), reverse=True):
         try:
-            descriptor = os.open(table, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:  # compacted away meanwhile, or no more descriptors: RocksDB reads what it needs itself
-            continue
-        try:
-            size_bytes = os.fstat(descriptor).st_size
-            if size_bytes > left_bytes:
+            left_bytes -= table.stat().st_size
+            if left_bytes < 0:
                 return
-            left_bytes -= size_bytes
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
-        except OSError:  # a file system without the advice
-            return
-        finally:
-            os.close(descriptor)
+            with open(table, "rb", buffering=0) as file:
+                while file.readinto(memory):
+                    pass
+        except OSError:  # compacted away meanwhile, or unreadable: RocksDB finds out by itself
+            continue
 
 
 def fresh_index(path: str, config: StoreConfig, counters: Counters) -> Index:
