@@ -137,6 +137,7 @@ class MemoryStore:
         return None if block is None or self.expired(block) else block
 
     def expired(self, block: _Block) -> bool:
+        """Whether a block's time has passed, by the store's clock."""
         return block.expires_at_ns != 0 and self.clock.now_ns() >= block.expires_at_ns
 
     def insert(self, ident: bytes, block: _Block) -> PutStatus:

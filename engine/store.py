@@ -94,6 +94,7 @@ class DiskStore:
         return self.close_for_good(timeout)
 
     def close_for_good(self, timeout_s: float | None) -> bool:
+        """Flush and stop, whoever else holds the handle (exit of the process). False when it did not finish in time."""
         with self._lock:
             if self._core.closed_reason is None:
                 registry.remove(self)

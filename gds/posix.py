@@ -25,9 +25,8 @@ from .os_calls import (
     fallocate,
     file_system_of,
     set_direct,
-    try_lock,
-    unlock,
 )
+from .posix_lock import take_lock
 from .threads import WorkerPool
 from .transfer import ByteView, Chunk, Gather, PathCounters, Uses, byte_views, finished, is_aligned, split
 
@@ -151,20 +150,7 @@ class PosixDevice:
         return state.f_bavail * state.f_frsize
 
     def lock(self, path: str, *, shared: bool = False) -> DeviceLock | None:
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            if not shared or error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
-                raise device_error("open lock", path, error) from error
-            descriptor = _open_to_share(path)
-        try:
-            if try_lock(descriptor, shared=shared):
-                return PosixLock(path, descriptor)
-        except OSError as error:
-            os.close(descriptor)
-            raise device_error("lock", path, error) from error
-        os.close(descriptor)
-        return None
+        return take_lock(path, shared=shared)
 
     # --- what happened ----------------------------------------------------------------------------------------
 
@@ -382,32 +368,6 @@ class PosixFile:
                 os.posix_fadvise(self._buffered, 0, end, os.POSIX_FADV_DONTNEED)
 
 
-class PosixLock:
-    """A lock held through one descriptor of its own."""
-
-    def __init__(self, path: str, descriptor: int) -> None:
-        self.path = path
-        self._descriptor = descriptor
-        self._pid = os.getpid()
-
-    def release(self) -> None:
-        """Unlock. In a forked child this is ``abandon``: the lock belongs to the process that took it. Twice is allowed."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor < 0:
-            return
-        try:
-            if os.getpid() == self._pid:
-                unlock(descriptor)  # explicitly: a forked child may still have a copy of the descriptor
-        finally:
-            os.close(descriptor)
-
-    def abandon(self) -> None:
-        """Close this process's copy and unlock nothing."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
-
-
 def _after(views: list[ByteView], moved: int) -> list[ByteView]:
     """What is left of the views behind the first ``moved`` bytes."""
     for number, view in enumerate(views):
@@ -415,14 +375,6 @@ def _after(views: list[ByteView], moved: int) -> list[ByteView]:
             return [view[moved:], *views[number + 1 :]]
         moved -= view.nbytes
     return []
-
-
-def _open_to_share(path: str) -> int:
-    """A read-only file system: an existing lock file can still be shared."""
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise device_error("open lock", path, error) from error
 
 
 def _file_status(state: os.stat_result) -> FileStatus:

@@ -47,7 +47,7 @@ def prompt_of(model: DemoModel, document_tokens: int) -> list[int]:
 
 
 def open_for_demo(path: str) -> Any:
-    return open_store(path, StoreConfig.build(capacity="2GiB", buffer="256MiB", put_timeout_s=60.0))
+    return open_store(path, StoreConfig.build(capacity="2GiB", buffer="96MiB", put_timeout_s=60.0))
 
 
 def _prepare(options: StepOptions) -> tuple[DemoModel, list[int], CacheGeometry]:
