@@ -132,9 +132,11 @@ def _store_round_trip(folder: Path) -> dict[str, Any]:
     import torch
 
     config = StoreConfig.build(capacity="2GiB", buffer="256MiB")
-    descriptor = Namespace(model="gpu-check", revision="1", dtype="bfloat16", layout="flat", tokens_per_block=16, block_bytes_max=BLOCK_BYTES)
+    descriptor = Namespace(
+        model="gpu-check", revision="1", dtype="bfloat16", layout="flat", tokens_per_block=16, block_bytes_max=BLOCK_BYTES
+    )
     keys = [b"block %d" % index for index in range(16)]
-    stream = torch.cuda.Stream()
+    stream: Any = torch.cuda.Stream(device=0)  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         blocks = [torch.randn(BLOCK_BYTES // 2, device="cuda").to(torch.bfloat16) for _ in keys]
         with open_store(str(folder / "store"), config) as store:
