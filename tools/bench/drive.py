@@ -29,38 +29,55 @@ def _options(blocks: Blocks, setting: Setting) -> dict[str, Any]:
 
 
 def measure_writes(setting: Setting) -> list[Item]:
-    """``write_raw``: the first put to the end of the flush, on a store that was created, closed and opened again."""
+    """Puts to the end of the flush, on a store that was created, closed and opened again.
+
+    ``write_raw``: once the buffer's memory is there. ``write_raw.fresh``: at once after opening, the memory being touched meanwhile.
+    """
     blocks = Blocks(setting.block_count, setting.block_bytes)
     memory = touched_memory(min(MEMORY_BYTES, blocks.count * blocks.block_bytes), seed=1)
-    data_bytes = blocks.count * blocks.block_bytes
-    traces: list[Trace] = []
+    return [
+        _WriteItem(setting, blocks, memory, "write_raw", settled=True).measure(WRITE_BAR),
+        _WriteItem(setting, blocks, memory, "write_raw.fresh", settled=False).measure(None),
+    ]
 
-    def store_arm(_: int) -> float:
-        path = setting.folder("write")
-        with opened(path, **_options(blocks, setting)):
+
+class _WriteItem:
+    """One state of the store before the first put."""
+
+    def __init__(self, setting: Setting, blocks: Blocks, memory: ByteArray, name: str, *, settled: bool) -> None:
+        self._setting = setting
+        self._blocks = blocks
+        self._memory = memory
+        self._name = name
+        self._settled = settled
+        self._trace = Trace()
+
+    def measure(self, bar: Bar | None) -> Item:
+        self._store_arm(0)  # the trace for a round that begins with the bare loop
+        rates = abba(self._setting.rounds, self._setting.step(self._name, self._store_arm), self._bare_arm)
+        data_bytes = self._blocks.count * self._blocks.block_bytes
+        facts = {"bytes": data_bytes, "block_bytes": self._blocks.block_bytes, "depth_bytes": self._trace.in_flight_bytes_max}
+        return ratio_item(self._name, *rates, bar=bar, facts=facts)
+
+    def _store_arm(self, _: int) -> float:
+        blocks, options, path = self._blocks, _options(self._blocks, self._setting), self._setting.folder("write")
+        with opened(path, **options):
             pass
-        with (
-            tracing_device(path, StoreConfig.build(**_options(blocks, setting))) as device,
-            opened(path, device=device, **_options(blocks, setting)) as store,
-        ):
+        with tracing_device(path, StoreConfig.build(**options)) as device, opened(path, device=device, **options) as store:
             store.namespace(bench_namespace(blocks.block_bytes))
-            setting.settle(store)
-            traces.append(device.begin())
+            if self._settled:
+                self._setting.settle(store)
+            device.begin()
             started = time.perf_counter()
             blocks.put_all(store)
             seconds = time.perf_counter() - started
-            traces[-1] = traces[-1].cut()
+            self._trace = device.trace.cut()
         shutil.rmtree(path)
-        return data_bytes / seconds / 1e9
+        return blocks.count * blocks.block_bytes / seconds / 1e9
 
-    def bare_arm(_: int) -> float:
-        trace = traces[-1]
-        return trace.total_bytes("write") / replay_writes(trace, setting.folder("bare"), memory, threads=IO_THREADS) / 1e9
-
-    store_arm(0)  # the trace for a round that begins with the bare loop; also the first touch of everything
-    store_rates, bare_rates = abba(setting.rounds, setting.step("write_raw", store_arm), bare_arm)
-    facts = {"bytes": data_bytes, "block_bytes": blocks.block_bytes, "depth_bytes": traces[-1].in_flight_bytes_max}
-    return [ratio_item("write_raw", store_rates, bare_rates, bar=WRITE_BAR, facts=facts)]
+    def _bare_arm(self, _: int) -> float:
+        seconds = replay_writes(self._trace, self._setting.folder("bare"), self._memory, threads=IO_THREADS)
+        return self._trace.total_bytes("write") / seconds / 1e9
 
 
 def measure_reads(setting: Setting) -> list[Item]:
