@@ -144,9 +144,9 @@ def test_interrupts_during_puts_leave_the_store_usable_and_exact(tmp_path: Path)
         store = kvlode.open(sys.argv[1], capacity="512MiB", buffer="8MiB")
         space = store.namespace(descriptor())
         interrupts, i = 0, 0
-        print("ready", flush=True)
         while interrupts < 20:
             try:
+                print("ready", flush=True)
                 while True:
                     i += 1
                     space.put(b"%d" % i, block_bytes(b"%d" % i, i, {SIZE}))
@@ -155,7 +155,6 @@ def test_interrupts_during_puts_leave_the_store_usable_and_exact(tmp_path: Path)
                     space.get_into(b"%d" % i, np.zeros({SIZE}, np.uint8))
             except KeyboardInterrupt:
                 interrupts += 1
-                print("interrupted", flush=True)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         assert store.flush(20.0)
         for key in range(1, i):
@@ -174,10 +173,9 @@ def test_interrupts_during_puts_leave_the_store_usable_and_exact(tmp_path: Path)
     )
     assert process.stdout is not None
     try:
-        assert process.stdout.readline() == "ready\n"
         for _ in range(20):
+            assert process.stdout.readline() == "ready\n"
             process.send_signal(signal.SIGINT)
-            assert process.stdout.readline() == "interrupted\n"
         output, errors = process.communicate(timeout=60)
     finally:
         process.kill()
@@ -189,7 +187,7 @@ def test_interrupts_during_puts_leave_the_store_usable_and_exact(tmp_path: Path)
 
 def test_a_store_of_many_segments_lives_with_256_descriptors(tmp_path: Path) -> None:
     script = f"""
-        store = kvlode.open(sys.argv[1], capacity="512MiB", buffer="8MiB", segment_bytes=1 << 20)
+        store = kvlode.open(sys.argv[1], capacity="512MiB", buffer="8MiB", segment_bytes=1 << 20, put_timeout_s=30.0)
         space = store.namespace(descriptor(block_bytes_max={SIZE}))
         for i in range(0, 4000, 4):
             assert space.put(b"%d" % i, block_bytes(b"%d" % i, i, {SIZE}))
@@ -224,12 +222,12 @@ def test_a_second_writing_process_is_told_who_is_in_the_way(tmp_path: Path) -> N
 
 def test_a_follower_sees_right_bytes_or_nothing_while_the_writer_reclaims(tmp_path: Path) -> None:
     script = f"""
-        store = kvlode.open(sys.argv[1], capacity="64MiB", buffer="4MiB", segment_bytes=1 << 20, reclaim_grace_s=0.5)
+        store = kvlode.open(sys.argv[1], capacity="64MiB", buffer="4MiB", segment_bytes=1 << 20, reclaim_grace_s=0.5, put_timeout_s=30.0)
         space = store.namespace(descriptor(block_bytes_max={SIZE}))
         i = 0
         for line in sys.stdin:
             for _ in range(100):
-                space.put(b"%d" % i, block_bytes(b"%d" % i, i, {SIZE}))
+                assert space.put(b"%d" % i, block_bytes(b"%d" % i, i, {SIZE}))
                 i += 1
             assert store.flush(60.0)
             print(i, store.stats()["counters"].get("segments_freed", 0), flush=True)
