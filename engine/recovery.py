@@ -26,7 +26,7 @@ from .catalog import Catalog, Checkpoint
 from .config import Clock
 from .index import IndexDamaged
 from .index_entry import pack_table
-from .reinsertion import file_reader
+from .reinsertion import file_reader, scan_reader
 from .segment_writer import index_entry
 from .segments import Segment, SegmentTable
 from .stats import Counters
@@ -235,7 +235,7 @@ class _TailScan:
     def _scan(self, file: DeviceFile, durable_bytes: int) -> SegmentScan:
         found = self._found
         scan = scan_unsealed(
-            file_reader(file),
+            scan_reader(file),
             end=found.size_bytes - found.size_bytes % PAGE_BYTES,
             store_uuid=self._store_uuid,
             segment_id=found.segment_id,

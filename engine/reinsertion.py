@@ -7,13 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..format.checksum import xxh3_64
-from ..format.errors import CorruptRecord
+from ..format.errors import CorruptRecord, DeviceError
 from ..format.layout import PAGE_BYTES
 from ..format.record import RecordHeader, check_place, stripe_offsets
 from ..gds.buffers import aligned_array
 from ..gds.device import DeviceFile
 from .arena import Bytes
 from .contract import PutStatus
+
+SCAN_WINDOW_BYTES = 256 << 10
+SCAN_NEAR_BYTES = 64 << 10
+"""Records whose headers are this close to each other are read a window at a time."""
 
 
 @dataclass(slots=True)
@@ -58,6 +62,30 @@ def file_reader(file: DeviceFile) -> Callable[[int, int], memoryview]:
         return memoryview(area.data)[offset - start : min(count, offset - start + length)]
 
     return read
+
+
+def scan_reader(file: DeviceFile) -> Callable[[int, int], memoryview]:
+    """``file_reader`` for a walk from record to record: where they are close together, one read fetches many of them.
+
+    A page at a time costs about 130 us each, which is most of an opening after a crash when blocks are small. A window that cannot
+    be read is no reason to give up a page that can: then exactly what was asked for is read.
+    """
+    read = file_reader(file)
+    window, window_start, previous = memoryview(b""), 0, -SCAN_NEAR_BYTES - 1
+
+    def scan(offset: int, length: int) -> memoryview:
+        nonlocal window, window_start, previous
+        near, previous = 0 <= offset - previous <= SCAN_NEAR_BYTES, offset
+        if not window_start <= offset <= offset + length <= window_start + len(window):
+            if not near or length > SCAN_WINDOW_BYTES:
+                return read(offset, length)
+            try:
+                window, window_start = read(offset, SCAN_WINDOW_BYTES), offset
+            except DeviceError:
+                return read(offset, length)
+        return window[offset - window_start :][:length]
+
+    return scan
 
 
 def load_header(file: DeviceFile, store_uuid: bytes, segment_id: int, offset: int) -> RecordHeader:

@@ -90,6 +90,7 @@ class WorkerPool:
         for worker in self._workers:
             worker.start()
         self._stop_when_collected = weakref.finalize(self, _stop, self._tasks, threads)
+        self._stop_when_collected.atexit = False  # a store that is closed at exit writes its last blocks with this pool
         _pools.add(self)
 
     def submit(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:

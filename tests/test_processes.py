@@ -138,6 +138,21 @@ def test_an_interpreter_that_ends_under_load_ends_in_order(tmp_path: Path, endin
         assert [answer(space, i) for i in range(20)] == [Status.HIT] * 20
 
 
+def test_a_store_that_nobody_closed_is_written_at_exit(tmp_path: Path) -> None:
+    script = f"""
+        store = kvlode.open(sys.argv[1], capacity="256MiB", buffer="16MiB", flush_after_s=60.0)
+        space = store.namespace(descriptor())
+        for i in range(100):
+            assert space.put(b"%d" % i, block_bytes(b"%d" % i, i, {SIZE}))
+    """
+    done = run(script, tmp_path / "store", timeout_s=15.0)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    with kvlode.open(tmp_path / "store", capacity="256MiB", buffer="16MiB") as store:
+        space = store.namespace(descriptor())
+        assert {answer(space, i) for i in range(100)} == {Status.HIT}
+
+
 def test_interrupts_during_puts_leave_the_store_usable_and_exact(tmp_path: Path) -> None:
     script = f"""
         import signal
