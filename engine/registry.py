@@ -24,6 +24,7 @@ class Registry:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self._stores: dict[tuple[int, int], DiskStore] = {}
+        self._closes_at_exit = False
 
     @staticmethod
     def identity(path: str) -> tuple[int, int]:
@@ -38,6 +39,12 @@ class Registry:
             return None
 
     def add(self, store: DiskStore) -> None:
+        """Remember an open store; call under ``lock``."""
+        if not self._closes_at_exit:
+            # Exit handlers run last first. By now those of the worker threads and of RocksDB are registered: they run after
+            # this one, which still needs both to write the last blocks.
+            self._closes_at_exit = True
+            atexit.register(self.close_all)
         self._stores[self.identity(store.path)] = store
 
     def remove(self, store: DiskStore) -> None:
@@ -79,4 +86,3 @@ def check_same_options(path: str, requested: object, active: object) -> None:
 
 registry = Registry()
 os.register_at_fork(after_in_child=registry.after_fork_in_child)
-atexit.register(registry.close_all)
