@@ -214,6 +214,8 @@ class RocksFollowerIndex(RocksReader):
     def catch_up(self) -> None:
         """See what the writer has applied until now. Takes milliseconds and holds the interpreter lock.
 
+        A call that meets a flush of the writer in the background may show an older moment; a later one shows the rest.
+
         When the writer has replaced the index by a new one, that one is opened. Raises ``IndexDamaged`` when the
         writer's files cannot be followed now; what was seen before can still be read, and a later call may succeed.
         """
