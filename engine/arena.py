@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,12 +15,16 @@ CHUNK_BYTES = 2 << 20
 CHUNKS_MIN = 8
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Allocation:
     """Memory of one block: ``spans`` in order, the last one longer than needed by less than a page."""
 
-    chunks: tuple[int, ...]
+    chunks: npt.NDArray[np.intp]
+    """Empty once it was released."""
     spans: tuple[Bytes, ...]
+
+
+_NO_CHUNKS = np.empty(0, dtype=np.intp)
 
 
 class ChunkArena:
@@ -29,6 +32,8 @@ class ChunkArena:
 
     Blocks fill a chunk one after the other, so small blocks waste no chunk and large ones take whole chunks. Every
     block starts on a page and its last page is its own: the writer hands the very same memory to O_DIRECT.
+
+    The counts alone say what is free, and change in single steps: an interrupt at any moment loses no memory.
     """
 
     def __init__(self, memory: Bytes) -> None:
@@ -36,9 +41,8 @@ class ChunkArena:
         self.chunk_bytes = max(PAGE_BYTES, chunk_bytes - chunk_bytes % PAGE_BYTES)
         self.chunk_count = memory.size // self.chunk_bytes
         self._memory = memory
-        self._free = list(range(self.chunk_count))
-        self._references = [0] * self.chunk_count
-        self._current: int | None = None
+        self._references = np.zeros(self.chunk_count, dtype=np.int64)
+        self._current = 0
         self._fill_bytes = 0
 
     @property
@@ -48,41 +52,42 @@ class ChunkArena:
     @property
     def free_bytes(self) -> int:
         """Bytes that ``allocate`` can hand out now."""
-        tail = self.chunk_bytes - self._fill_bytes if self._current is not None else 0
-        return len(self._free) * self.chunk_bytes + tail
+        free = self.chunk_count - int(np.count_nonzero(self._references))
+        tail = self.chunk_bytes - self._fill_bytes if self._references[self._current] else 0
+        return free * self.chunk_bytes + tail
 
     def allocate(self, size_bytes: int) -> Allocation | None:
         """Page-aligned memory for a block, or ``None`` when the free chunks do not hold it."""
         wanted = round_up_pages(size_bytes)
-        if wanted > self.free_bytes:
+        fill = self._fill_bytes if self._references[self._current] else self.chunk_bytes
+        fresh = -(-max(0, wanted - (self.chunk_bytes - fill)) // self.chunk_bytes)
+        free = np.flatnonzero(self._references == 0)[:fresh] if fresh else _NO_CHUNKS
+        if free.size < fresh:
             return None
+        starts = [chunk * self.chunk_bytes for chunk in free.tolist()]
+        chunks = free
+        if fill < self.chunk_bytes and wanted:
+            starts.insert(0, self._current * self.chunk_bytes + fill)
+            chunks = np.concatenate(([self._current], free))
         pieces: list[tuple[int, int]] = []
-        chunks: list[int] = []
-        while wanted:
-            if self._current is None or self._fill_bytes == self.chunk_bytes:
-                self._current, self._fill_bytes = heapq.heappop(self._free), 0
-            start = self._current * self.chunk_bytes + self._fill_bytes
-            length = min(wanted, self.chunk_bytes - self._fill_bytes)
+        for start in starts:
+            stop = start + min(wanted, self.chunk_bytes - start % self.chunk_bytes)
+            wanted -= stop - start
             if pieces and pieces[-1][1] == start:
-                pieces[-1] = (pieces[-1][0], start + length)
-            else:
-                pieces.append((start, start + length))
-            self._references[self._current] += 1
-            chunks.append(self._current)
-            self._fill_bytes += length
-            wanted -= length
-        return Allocation(tuple(chunks), tuple(self._memory[start:stop] for start, stop in pieces))
+                start = pieces.pop()[0]
+            pieces.append((start, stop))
+        allocation = Allocation(chunks, tuple(self._memory[start:stop] for start, stop in pieces))
+        if pieces:
+            last = int(chunks[-1])
+            fill = pieces[-1][1] - last * self.chunk_bytes
+            self._current, self._fill_bytes = last, fill  # no call from here to the end
+        self._references[chunks] += 1
+        return allocation
 
     def release(self, allocation: Allocation) -> None:
-        """Give a block's memory back; a chunk is free again when its last block is gone."""
-        for chunk in allocation.chunks:
-            self._references[chunk] -= 1
-            if self._references[chunk]:
-                continue
-            if chunk == self._current:
-                self._fill_bytes = 0
-            else:
-                heapq.heappush(self._free, chunk)
+        """Give a block's memory back; a chunk is free again when its last block is gone. Doing it twice is harmless."""
+        chunks, allocation.chunks = allocation.chunks, _NO_CHUNKS  # no call between this and the next line
+        self._references[chunks] -= 1
 
 
 def one_span(spans: list[Bytes]) -> Bytes:

@@ -10,12 +10,13 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import TypeVar
 
-from .buffer import Buffer, Entry, Kind
+from ..gds.monitor import Outcome
+from .buffer import Buffer
 from .catalog import Catalog, Checkpoint
 from .contract import PutStatus, Refusal
+from .entry import Entry, Kind
 from .health import Health
 from .index import IndexWriteError
 from .index_entry import IndexEntry
@@ -50,18 +51,11 @@ class CommitThread:
     def submit(self, item: LogBatch | SealWrite | list[Dropped]) -> None:
         self._items.put(item)
 
-    def call(self, function: Callable[[], Answer]) -> Future[Answer]:
+    def call(self, function: Callable[[], Answer]) -> Outcome[Answer]:
         """Run ``function`` on the commit thread after everything submitted so far."""
-        future: Future[Answer] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(function())
-            except BaseException as error:  # handed to whoever asked
-                future.set_exception(error)
-
-        self._items.put(run)
-        return future
+        outcome: Outcome[Answer] = Outcome()
+        self._items.put(lambda: outcome.run(function))
+        return outcome
 
     def stop(self, timeout_s: float | None) -> bool:
         """Work off what was submitted, sync the index, end; False when that took longer."""

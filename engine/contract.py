@@ -224,9 +224,7 @@ class BlockSpace(Protocol):
         """Read one block."""
         ...
 
-    def get_many_into(
-        self, keys: Sequence[bytes], outs: Sequence[Block], *, timeout: float | None = None
-    ) -> list[Status]:
+    def get_many_into(self, keys: Sequence[bytes], outs: Sequence[Block], *, timeout: float | None = None) -> list[Status]:
         """Read blocks; what is not finished at the deadline is ``PENDING`` and its destination will not be touched again."""
         ...
 

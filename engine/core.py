@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ..format.errors import DeviceError, FormatError, StoreClosed
 from ..format.keys import key_digest
@@ -19,6 +19,7 @@ from ..format.layout import QUARANTINE_FOLDER
 from ..format.superblock import Superblock
 from ..gds.buffers import SlotPool, aligned_array
 from ..gds.device import Device, DeviceLock
+from ..gds.monitor import Outcome
 from ..gds.threads import WorkerPool
 from .buffer import Buffer
 from .capacity import Budget
@@ -47,6 +48,7 @@ from .writer import Sequence as SequenceNumbers
 from .writer import Writer
 
 logger = logging.getLogger("kvlode")
+Answer = TypeVar("Answer")
 
 JOB_THREADS = 4
 STAGING_SLOTS = 4
@@ -242,7 +244,7 @@ class Core:
                 size = held.size_bytes
                 return BlockInfo(size, size, held.written_at_ns, expires, max(held.depth, 0), held.tag, held.meta, durable)
             finally:
-                self.buffer.release(held)
+                self.buffer.release()
         entry = None if self.buffer.hides(ident) else self.find([ident])[0]
         if entry is None or (entry.expires_at_ns and now_ns >= entry.expires_at_ns):
             return None
@@ -262,12 +264,19 @@ class Core:
 
     def start_job(self, job: ReadJob, work: Callable[[], Any]) -> None:
         """Run a job's work on the job pool; a defect settles the job instead of leaving it without an answer."""
-        with self._jobs_lock:
-            self._jobs = {running for running in self._jobs if not running.done()}
-            self._jobs.add(job)
         self._job_pool.submit(self._run_job, job, work)
+        with self._jobs_lock:
+            self._jobs = {running for running in self._jobs if not running.done()} | {job}
+
+    def in_background(self, function: Callable[[], Answer]) -> Answer:
+        """Call on the job pool and wait: for reads that wait for the device, which the thread of a caller must not (``Monitor``)."""
+        outcome: Outcome[Answer] = Outcome()
+        self._job_pool.submit(outcome.run, function)
+        return outcome.result()
 
     def _run_job(self, job: ReadJob, work: Callable[[], Any]) -> None:
+        if not job.claim():
+            return  # cancelled before it began
         try:
             work()
         except Exception as error:
@@ -353,5 +362,3 @@ def _counter_values(counter: Any) -> dict[str, int]:
 
 def _remaining(deadline_s: float | None) -> float | None:
     return None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
-
-

@@ -16,7 +16,7 @@ from ..format.record import STRIPE_DTYPE
 from ..gds.threads import WorkerPool
 from .arena import Bytes, one_span
 from .blocks import cut_spans
-from .buffer import Entry
+from .entry import Entry
 
 SAMPLE_EVERY_BLOCKS = 64
 RAW_UNLESS_SAVED = 16

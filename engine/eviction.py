@@ -13,10 +13,11 @@ from ..format.namespace import Namespace
 from ..format.seal import SealTable
 from ..format.walk import find_seal
 from ..gds.device import DeviceFile
-from .buffer import Buffer, Entry, Kind
+from .buffer import Buffer
 from .catalog import Catalog
 from .commit import CommitThread
 from .config import Clock
+from .entry import Entry, Kind
 from .heat import HeatTable
 from .index_entry import IndexEntry
 from .namespaces import NamespaceTable
@@ -90,9 +91,7 @@ class Evictor:
         entries = ((ident, IndexEntry.unpack(value)) for ident, value in self._catalog.index.scan() if ident[:16] != bytes(16))
         return [(ident, segment_id, entry.offset) for ident, entry in entries if entry.segment_id == segment_id]
 
-    def _carry_forward(
-        self, victim: Segment, table: SealTable, out_of_room: Callable[[], bool]
-    ) -> list[tuple[bytes, int, int]]:
+    def _carry_forward(self, victim: Segment, table: SealTable, out_of_room: Callable[[], bool]) -> list[tuple[bytes, int, int]]:
         """Reinsert what the policy keeps; returns the places of all blocks of the victim."""
         self._learn_namespaces(victim, table)
         rows = [i for i in range(len(table)) if table.type[i] == RecordType.BLOCK]

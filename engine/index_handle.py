@@ -26,6 +26,7 @@ from typing import Any
 from rocksdict import Rdict, RdictIter, ReadOptions
 
 from ..format.errors import InvalidConfig, StoreClosed
+from ..gds.monitor import Monitor
 from .index import IndexDamaged
 
 logger = logging.getLogger(__name__)
@@ -35,41 +36,43 @@ EXIT_TIMEOUT_S = 5.0
 
 
 class ReadGate:
-    """Counts the calls inside RocksDB; once shut it lets nobody in. A context manager for the calls."""
+    """Knows the threads inside RocksDB; once shut it lets nobody in. A context manager for the calls, one at a time a thread.
+
+    A thread that an interrupt keeps from saying that it is out says so at its next call, or is the one that closes.
+    """
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._changed = threading.Condition(threading.Lock())
-        self._inside = 0
+        self._changed = Monitor()
+        self._inside: dict[int, None] = {}
         self._shut = False
 
     def __enter__(self) -> None:
-        with self._changed:
+        thread = threading.get_ident()
+        with self._changed.lock:
             if self._shut:
                 raise StoreClosed("index used after close, or in a forked child", where=self._name, action="Open the store again.")
-            self._inside += 1
+            self._inside[thread] = None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with self._changed:
-            self._inside -= 1
-            if not self._inside:
-                self._changed.notify_all()
+        with self._changed.lock:
+            self._inside.pop(threading.get_ident(), None)
+            self._changed.notify_all()
 
     def shut(self) -> None:
         """Let nobody in from now on."""
-        with self._changed:
+        with self._changed.lock:
             self._shut = True
             self._changed.notify_all()
 
     def wait_empty(self, timeout_s: float) -> bool:
         """Wait until everybody is out; False when the deadline passed."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._inside, timeout_s)
+        caller = {threading.get_ident()}
+        return self._changed.wait_for(lambda: not self._inside.keys() - caller, timeout_s)
 
     def wait_shut(self, timeout_s: float) -> bool:
         """Wait for a moment, or less when the gate is shut; True when it is shut."""
-        with self._changed:
-            return self._changed.wait_for(lambda: self._shut, timeout_s)
+        return self._changed.wait_for(lambda: self._shut, timeout_s)
 
 
 def leak(handle: object) -> None:

@@ -7,6 +7,7 @@ existing database silently comes back without filter and cache, three to ten tim
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
 import tempfile
@@ -35,12 +36,14 @@ from ..format.errors import DeviceError, KvlodeError, NoSpace, StoreLocked
 from .index import BATCH_ENTRIES_MAX, IndexDamaged, IndexWriteError
 from .index_handle import RocksReader, claim_threads
 
+logger = logging.getLogger("kvlode")
+
 MIB = 1 << 20
 _COLUMN_FAMILY = "default"
 _IDENTITY_NAME = "IDENTITY"
 _OWN_NAMES = ("LOCK", "LOG", "rocksdict-config.json")
 """Files of the primary that a follower must have for itself (``LOG`` with any suffix)."""
-_CATCH_UP_TRIES = 5
+_OPEN_TRIES = 20
 
 
 @dataclass(frozen=True)
@@ -183,7 +186,8 @@ class RocksFollowerIndex(RocksReader):
         self._remove_temporary = weakref.finalize(self, _remove_folder, self._temporary, os.getpid())
         self._catch_up_lock = threading.Lock()
         self._opens = 0
-        self._links, self._identity, self.log_path = "", b"", ""
+        self._state = _SourceState()
+        self._links, self.log_path = "", ""
         try:
             super().__init__(self._source, self._open_links())
         except KvlodeError:
@@ -192,58 +196,63 @@ class RocksFollowerIndex(RocksReader):
 
     def _open_links(self) -> Rdict:
         """A handle over fresh links, tried again when the writer's files change meanwhile. Takes effect only when it succeeds."""
-        for attempt in range(_CATCH_UP_TRIES):
+        for attempt in range(_OPEN_TRIES):
             self._opens += 1
             links = os.path.join(self._temporary, f"links-{self._opens}")
             own = os.path.join(self._temporary, f"own-{self._opens}")
             os.mkdir(links)
-            identity = _read_identity(self._source)
-            _refresh_links(self._source, links)
+            state = _SourceState.of(self._source)
+            _link(self._source, links)
             claim_threads(self._source, needs_threads=False)
             try:
                 handle = _open(links, self._source, self._tuning, AccessType.secondary(own))
+                if _SourceState.of(self._source).keeps(state):
+                    self._links, self._state, self.log_path = links, state, os.path.join(own, "LOG")
+                    return handle
+                handle.close()  # a log went away before it was read, perhaps: RocksDB does not tell
             except KvlodeError:
-                shutil.rmtree(links)
-                if attempt == _CATCH_UP_TRIES - 1:
+                if attempt == _OPEN_TRIES - 1:
                     raise
-                continue
-            self._links, self._identity, self.log_path = links, identity, os.path.join(own, "LOG")
-            return handle
-        raise AssertionError("the last attempt returns or raises")
+            finally:
+                if self._links != links:
+                    shutil.rmtree(links)
+        raise IndexDamaged(
+            "index cannot be followed",
+            where=self._source,
+            expected=f"files that stay while they are opened, in one of {_OPEN_TRIES} tries",
+            action="Try again when the writer is less busy.",
+        )
 
     def catch_up(self) -> None:
         """See what the writer has applied until now. Takes milliseconds and holds the interpreter lock.
 
-        A call that meets a flush of the writer in the background may show an older moment; a later one shows the rest.
+        RocksDB forgets changes, or shows an older moment, when a flush of the writer meets its own way of catching up
+        (measured with rocksdict 0.3.29). So that way is taken only when nothing but logs has grown; in all other cases the
+        index is opened anew, which costs milliseconds and happens as seldom as the writer flushes. Threads that read
+        meanwhile may see either moment.
 
         When the writer has replaced the index by a new one, that one is opened. Raises ``IndexDamaged`` when the
         writer's files cannot be followed now; what was seen before can still be read, and a later call may succeed.
         """
         with self._gate, self._catch_up_lock:
-            if _read_identity(self._source) != self._identity:
-                self._switch()
+            state = _SourceState.of(self._source)
+            if state == self._state:
                 return
-            _refresh_links(self._source, self._links)
-            for _ in range(_CATCH_UP_TRIES):
-                failure = self._follow()
-                changed = _refresh_links(self._source, self._links)
-                if failure is None and not changed:
-                    return
-            if failure is not None:
-                raise IndexDamaged("index cannot be followed", where=self._source, actual=str(failure)) from failure
+            if state.grown_from(self._state) and self._follow() and _SourceState.of(self._source).grown_from(state):
+                self._state = state
+                return
+            self._state = _SourceState()  # should opening fail, the next call opens as well
+            outdated = self._links
+            self._handle = self._open_links()
+            shutil.rmtree(outdated, ignore_errors=True)
 
-    def _switch(self) -> None:
-        """Go over to the index that has taken the place of the one that was followed."""
-        outdated = self._links
-        self._handle = self._open_links()
-        shutil.rmtree(outdated, ignore_errors=True)
-
-    def _follow(self) -> Exception | None:
+    def _follow(self) -> bool:
         try:
             self._opened().try_catch_up_with_primary()
         except Exception as error:
-            return error
-        return None
+            logger.info("index %s is opened anew: %s", self._source, error)
+            return False
+        return True
 
     def apply(self, puts: Sequence[tuple[bytes, bytes]], deletes: Sequence[bytes] = ()) -> None:
         """Always raises: a follower writes nothing."""
@@ -327,30 +336,55 @@ def _open_error(where: str, message: str) -> KvlodeError:
     return IndexDamaged("index cannot be opened", where=where, actual=message, action="Set it aside and rebuild it from the segments.")
 
 
-# --- the follower's links --------------------------------------------------------------------------------------------
+# --- the files that a follower follows ---------------------------------------------------------------------------------
 
 
-def _read_identity(source: str) -> bytes:
-    """The unique id of the database in a folder, empty when there is none now."""
+@dataclass(frozen=True)
+class _SourceState:
+    """What tells whether the writer's index has changed, and how."""
+
+    identity: bytes = b""
+    """The unique id of the database."""
+    manifests: tuple[tuple[str, int], ...] = ()
+    """Names and sizes: a flush or a compaction makes one grow."""
+    logs: tuple[tuple[str, int], ...] = ()
+
+    @classmethod
+    def of(cls, source: str) -> _SourceState:
+        sizes = {}
+        try:
+            with open(os.path.join(source, _IDENTITY_NAME), "rb") as file:
+                identity = file.read(256)
+            with os.scandir(source) as found:
+                for item in found:
+                    if item.name.startswith("MANIFEST-") or item.name.endswith(".log"):
+                        sizes[item.name] = item.stat().st_size
+        except FileNotFoundError:  # there is no index, or the writer removed a file between the two calls
+            return cls()
+        logs = tuple(sorted((name, size) for name, size in sizes.items() if name.endswith(".log")))
+        return cls(identity, tuple(sorted(sizes.items() - set(logs))), logs)
+
+    def names(self) -> set[str]:
+        return {name for name, _ in self.manifests + self.logs}
+
+    def grown_from(self, earlier: _SourceState) -> bool:
+        """Whether the same files are there and nothing but logs has grown."""
+        return self.identity == earlier.identity != b"" and self.manifests == earlier.manifests and self.names() == earlier.names()
+
+    def keeps(self, earlier: _SourceState) -> bool:
+        """Whether the files of an earlier moment are still there."""
+        return self.identity == earlier.identity and self.names() >= earlier.names()
+
+
+def _link(source: str, links: str) -> None:
+    """Fill ``links`` with a symbolic link for each file of ``source`` that RocksDB reads."""
     try:
-        with open(os.path.join(source, _IDENTITY_NAME), "rb") as file:
-            return file.read(256)
+        names = os.listdir(source)
     except FileNotFoundError:
-        return b""
-
-
-def _refresh_links(source: str, links: str) -> bool:
-    """Make ``links`` hold a symbolic link for each file of ``source`` that RocksDB reads; True when that changed anything."""
-    try:
-        present = {name for name in os.listdir(source) if not name.startswith(_OWN_NAMES)}
-    except FileNotFoundError:
-        present = set()
-    linked = {name for name in os.listdir(links) if not name.startswith(_OWN_NAMES)}
-    for name in linked - present:
-        os.unlink(os.path.join(links, name))
-    for name in present - linked:
-        os.symlink(os.path.join(os.path.abspath(source), name), os.path.join(links, name))
-    return present != linked
+        return  # opening says what is missing
+    for name in names:
+        if not name.startswith(_OWN_NAMES):
+            os.symlink(os.path.join(os.path.abspath(source), name), os.path.join(links, name))
 
 
 def _remove_folder(folder: str, owner_pid: int) -> None:

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from ..gds.monitor import Monitor
 from .contract import PutState, PutStatus, Refusal, Status
 
 ACCEPTED = PutStatus(PutState.ACCEPTED)
@@ -66,22 +67,22 @@ class _Job:
 
     def __init__(self, queue: Any | None) -> None:
         self._queue = queue
-        self._condition = threading.Condition()
+        self._changed = Monitor()
+        self._lock = self._changed.lock
         self._done = False
 
     def done(self) -> bool:
         return self._done
 
     def wait(self, timeout: float | None = None) -> bool:
-        with self._condition:
-            return self._condition.wait_for(lambda: self._done, timeout)
+        return self._done or self._changed.wait_for(lambda: self._done, timeout)
 
     def _finish(self) -> None:
-        with self._condition:
+        with self._lock:
             if self._done:
                 return
             self._done = True
-            self._condition.notify_all()
+            self._changed.notify_all()
         if self._queue is not None:
             self._queue.push(self)
 
@@ -99,6 +100,7 @@ class ReadJob(_Job):
         self._verified = [False] * count
         self._unsettled = count
         self._delivering = 0
+        self._claimed = False
         self._cancelled = False
         self._abandoned = False
         if count == 0:
@@ -117,9 +119,15 @@ class ReadJob(_Job):
         """True once nothing more should be started for this job."""
         return self._cancelled
 
+    def claim(self) -> bool:
+        """Called by whoever is going to work on the job: True for the first one only."""
+        with self._lock:
+            claimed, self._claimed = self._claimed, True
+        return not claimed
+
     def settle(self, position: int, status: Status, *, verified: bool = True) -> None:
         """Called by the store: the final status of one key. The first word counts."""
-        with self._condition:
+        with self._lock:
             if self._statuses[position] is not Status.PENDING or self._abandoned:
                 return
             self._statuses[position] = status
@@ -132,7 +140,7 @@ class ReadJob(_Job):
     @contextlib.contextmanager
     def delivering(self) -> Iterator[bool]:
         """Called by the store around every access to a destination; yields False when it must not be touched any more."""
-        with self._condition:
+        with self._lock:
             allowed = not self._abandoned
             if allowed:
                 self._delivering += 1
@@ -140,21 +148,24 @@ class ReadJob(_Job):
             yield allowed
         finally:
             if allowed:
-                with self._condition:
+                with self._lock:
                     self._delivering -= 1
-                    self._condition.notify_all()
+                    self._changed.notify_all()
 
     def cancel(self) -> None:
         """Stop what was not issued; returns when no I/O targets the destinations. Unread keys become ``CANCELLED``."""
         self._cancelled = True
+        if self.claim():  # nobody works on it, and nobody will
+            for position in range(len(self._statuses)):
+                self.settle(position, Status.CANCELLED)
         self.wait()
 
     def abandon(self) -> None:
         """Give up at a deadline: afterwards destinations are never touched, unfinished keys stay ``PENDING``."""
         self._cancelled = True
-        with self._condition:
+        with self._lock:
             self._abandoned = True
-            self._condition.wait_for(lambda: self._delivering == 0)
+        self._changed.wait_for(lambda: self._delivering == 0)
         self._finish()
 
 
@@ -177,7 +188,7 @@ class WriteJob(_Job):
     def decide(self, position: int, status: PutStatus) -> None:
         """Called by the store once a key: accepted, exists, or refused."""
         final = status.state is not PutState.ACCEPTED
-        with self._condition:
+        with self._lock:
             if final:  # an accepted key may already have been settled by the commit thread
                 self._statuses[position] = status
             self._undecided -= 1
@@ -189,7 +200,7 @@ class WriteJob(_Job):
 
     def settle(self, position: int, status: PutStatus) -> None:
         """Called by the store when an accepted key became durable or was dropped."""
-        with self._condition:
+        with self._lock:
             self._statuses[position] = status
         self._count_settled()
 
@@ -198,7 +209,7 @@ class WriteJob(_Job):
         return lambda status: self.settle(position, status)
 
     def _count_settled(self) -> None:
-        with self._condition:
+        with self._lock:
             self._unsettled -= 1
             last = self._unsettled == 0
         if last and self._borrow:

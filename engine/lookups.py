@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
+from ..gds.monitor import Monitor
 from .contract import Status
 
 ANSWERS_MAX = 1 << 16
@@ -23,7 +24,8 @@ class LookupCache:
 
     def __init__(self, resolve: Callable[[Sequence[bytes]], Sequence[bool]]) -> None:
         self._resolve = resolve
-        self._condition = threading.Condition()
+        self._changed = Monitor()
+        self._lock = self._changed.lock
         self._answers: OrderedDict[bytes, tuple[Status, float]] = OrderedDict()
         self._wanted: OrderedDict[bytes, None] = OrderedDict()
         self._running: set[bytes] = set()
@@ -34,9 +36,9 @@ class LookupCache:
         self._thread.start()
 
     def stop(self, timeout_s: float | None) -> bool:
-        with self._condition:
+        with self._lock:
             self._stopping = True
-            self._condition.notify_all()
+            self._changed.notify_all()
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
@@ -44,7 +46,7 @@ class LookupCache:
         """HIT or MISS where it is remembered, PENDING (and asked in the background) elsewhere."""
         now_s = time.monotonic()
         answers: list[Status] = []
-        with self._condition:
+        with self._lock:
             for ident in idents:
                 known = self._answers.get(ident)
                 if known is not None and now_s - known[1] <= ANSWER_AGE_S_MAX:
@@ -54,26 +56,26 @@ class LookupCache:
                 if ident not in self._running:
                     self._wanted[ident] = None
             if self._wanted:
-                self._condition.notify_all()
+                self._changed.notify_all()
         return answers
 
     def invalidate(self, ident: bytes) -> None:
         """The key changed: forget what was known of it, and what is being asked right now."""
         if not (self._answers or self._running or self._wanted):
             return
-        with self._condition:
+        with self._lock:
             self._answers.pop(ident, None)
             self._running.discard(ident)
 
     def clear(self) -> None:
-        with self._condition:
+        with self._lock:
             self._answers.clear()
             self._running.clear()
 
     def _run(self) -> None:
         while True:
-            with self._condition:
-                self._condition.wait_for(lambda: bool(self._wanted) or self._stopping)
+            self._changed.wait_for(lambda: bool(self._wanted) or self._stopping)
+            with self._lock:
                 if self._stopping:
                     return
                 batch = list(self._wanted)[:BATCH_KEYS]
@@ -88,7 +90,7 @@ class LookupCache:
 
     def _remember(self, batch: list[bytes], found: Sequence[bool]) -> None:
         now_s = time.monotonic()
-        with self._condition:
+        with self._lock:
             for ident, present in zip(batch, found, strict=False):
                 if ident in self._running:  # not invalidated meanwhile
                     self._answers[ident] = (Status.HIT if present else Status.MISS, now_s)

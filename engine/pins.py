@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 PINNED_SHARE_MAX = 0.5
@@ -15,28 +14,30 @@ class PinTable:
 
     def __init__(self, capacity_bytes: int, size_of: Callable[[Sequence[bytes]], Sequence[int]]) -> None:
         self._lock = threading.Lock()
-        self._leases: Counter[bytes] = Counter()
+        self._leases: dict[bytes, int] = {}
         self._sizes: dict[bytes, int] = {}
         self._room_bytes = int(capacity_bytes * PINNED_SHARE_MAX)
         self._size_of = size_of
 
-    def hold(self, idents: Sequence[bytes]) -> list[bytes]:
-        """Lease blocks; returns those held, in order. What would exceed the share (counted in stored bytes) is left out."""
-        sizes = self._size_of(idents)
-        held = []
-        with self._lock:
-            for ident, size_bytes in zip(idents, sizes, strict=True):
-                if ident not in self._leases:
-                    if sum(self._sizes.values()) + size_bytes > self._room_bytes:
-                        continue
-                    self._sizes[ident] = size_bytes
-                self._leases[ident] += 1
-                held.append(ident)
-        return held
+    def hold(self, idents: Sequence[bytes], held: dict[bytes, None]) -> None:
+        """Lease blocks, once each, and note them in ``held``, also when an interrupt ends this early.
 
-    def release(self, idents: Sequence[bytes]) -> None:
+        What would exceed the share (counted in stored bytes) is left out.
+        """
+        wanted = list(dict.fromkeys(idents))
+        sizes = self._size_of(wanted)
         with self._lock:
-            for ident in idents:
+            for ident, size_bytes in zip(wanted, sizes, strict=True):
+                leases = self._leases.get(ident, 0)
+                if not leases and sum(self._sizes.values()) + size_bytes > self._room_bytes:
+                    continue
+                self._sizes.setdefault(ident, size_bytes)
+                self._leases[ident] = leases + 1  # no call between this and the next line
+                held[ident] = None
+
+    def release(self, held: dict[bytes, None]) -> None:
+        with self._lock:
+            for ident in held:
                 self._leases[ident] -= 1
                 if self._leases[ident] == 0:
                     del self._leases[ident], self._sizes[ident]

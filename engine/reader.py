@@ -369,5 +369,3 @@ class _Delivery:
 
 def _whole_pages(size_bytes: int) -> int:
     return size_bytes - size_bytes % PAGE_BYTES
-
-

@@ -75,7 +75,7 @@ def _serve_from_buffer(core: Core, namespace: bytes, job: ReadJob, position: int
                     out.copy_from_host(cut_spans(entry.spans, 0, entry.size_bytes), stream)
                     status = Status.HIT
     finally:
-        core.buffer.release(entry)
+        core.buffer.release()
     if status is not Status.PENDING:
         job.settle(position, status)
     return True

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from ..format.errors import DeviceError, NoSpace
 from ..format.layout import segment_name
 from ..format.segment import SegmentHeader
+from ..gds.monitor import Monitor
 from .capacity import Budget, segment_bytes_for
 from .catalog import Catalog
 from .commit import CommitThread
@@ -72,7 +73,8 @@ class Keeper:
         self._quarantine_bytes = quarantine_bytes
         self._on_index_damaged = on_index_damaged
         self._index_marked = False
-        self._condition = threading.Condition()
+        self._changed = Monitor()
+        self._lock = self._changed.lock
         self._spare_bytes = 0
         self._block_bytes_max = 0
         self._bytes_wanted = 0
@@ -88,9 +90,9 @@ class Keeper:
 
     def stop(self, timeout_s: float | None) -> bool:
         """End the thread and remove the spare segment."""
-        with self._condition:
+        with self._lock:
             self._stopping = True
-            self._condition.notify_all()
+            self._changed.notify_all()
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             return False
@@ -103,14 +105,14 @@ class Keeper:
 
     def register_block_bytes(self, block_bytes_max: int) -> None:
         """A namespace with blocks of this size was opened: later segments hold enough of them."""
-        with self._condition:
+        with self._lock:
             self._block_bytes_max = max(self._block_bytes_max, block_bytes_max)
 
     def poke(self) -> None:
         """Something changed that may give or need room."""
-        with self._condition:
+        with self._lock:
             self._poked = True
-            self._condition.notify_all()
+            self._changed.notify_all()
 
     def used_bytes(self) -> int:
         """Bytes of segments (open, spare and freed ones that still have their file)."""
@@ -120,13 +122,14 @@ class Keeper:
 
     def open_next(self, size_bytes_min: int, deadline_s: float) -> OpenSegment | None:
         """The next segment, named and opened; ``None`` when no room could be made before the deadline (monotonic seconds)."""
-        with self._condition:
+        with self._lock:
             self._bytes_wanted = max(self._bytes_wanted, size_bytes_min)
             self._writer_waits = True
             self._no_space, self._poked = False, True
-            self._condition.notify_all()
-            ready = lambda: self._spare_bytes >= size_bytes_min or self._no_space or self._thread_gone()  # noqa: E731
-            self._condition.wait_for(ready, max(0.0, deadline_s - time.monotonic()))
+            self._changed.notify_all()
+        ready = lambda: self._spare_bytes >= size_bytes_min or self._no_space or self._thread_gone()  # noqa: E731
+        self._changed.wait_for(ready, max(0.0, deadline_s - time.monotonic()))
+        with self._lock:
             self._writer_waits = False
             if self._spare_bytes < size_bytes_min:
                 self.starved = True
@@ -137,7 +140,7 @@ class Keeper:
             self._next_segment_id += 1
             self._segments.add(Segment(segment_id, segment_bytes, sealed=False))
             self._poked = True
-            self._condition.notify_all()
+            self._changed.notify_all()
         return self._open_segment(segment_id, segment_bytes)
 
     def _thread_gone(self) -> bool:
@@ -161,7 +164,7 @@ class Keeper:
 
     def _run(self) -> None:
         while True:
-            with self._condition:
+            with self._lock:
                 if self._stopping:
                     return
                 self._poked = False
@@ -176,8 +179,7 @@ class Keeper:
                 self._counters.add("reclaim_errors")
                 logger.warning("reclaim: %s", error)
                 self._give_up()
-            with self._condition:
-                self._condition.wait_for(lambda: self._poked or self._stopping, pause_s)
+            self._changed.wait_for(lambda: self._poked or self._stopping, pause_s)
 
     def _step(self) -> bool:
         """Do the most urgent thing; False when there is nothing to do."""
@@ -234,9 +236,9 @@ class Keeper:
         """Nothing can be freed now: let a waiting writer refuse its blocks instead of waiting out its deadline."""
         if self._leaving():
             return  # room appears when the grace of a freed segment ends
-        with self._condition:
+        with self._lock:
             self._no_space = True
-            self._condition.notify_all()
+            self._changed.notify_all()
 
     def _make_spare(self, size_bytes: int) -> bool:
         """False when the file system has no room for it."""
@@ -252,14 +254,14 @@ class Keeper:
             logger.warning("no room for a segment: %s", error)
             device.remove(self._spare_path())
             return False
-        with self._condition:
+        with self._lock:
             self._spare_bytes = size_bytes
             self.starved = False
-            self._condition.notify_all()
+            self._changed.notify_all()
         return True
 
     def _discard_spare(self) -> None:
-        with self._condition:
+        with self._lock:
             self._spare_bytes = 0
         self._segments.device.remove(self._spare_path())
 

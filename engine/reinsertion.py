@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from ..format.layout import PAGE_BYTES
 from ..format.record import RecordHeader, check_place, stripe_offsets
 from ..gds.buffers import aligned_array
 from ..gds.device import DeviceFile
+from ..gds.monitor import Monitor
 from .arena import Bytes
 from .contract import PutStatus
 
@@ -33,23 +33,23 @@ class CopyForward:
     """The reinsertions of one segment that is being freed: counts them down, and can call off those not yet placed."""
 
     def __init__(self) -> None:
-        self._condition = threading.Condition()
+        self._changed = Monitor()
+        self._lock = self._changed.lock
         self._pending = 0
         self.called_off = False
 
     def add(self) -> None:
-        with self._condition:
+        with self._lock:
             self._pending += 1
 
     def settled(self, _: PutStatus) -> None:
-        with self._condition:
+        with self._lock:
             self._pending -= 1
-            self._condition.notify_all()
+            self._changed.notify_all()
 
     def wait(self, timeout_s: float) -> bool:
         """True when all are settled; False when the time passed first."""
-        with self._condition:
-            return self._condition.wait_for(lambda: self._pending == 0, timeout_s)
+        return self._changed.wait_for(lambda: self._pending == 0, timeout_s)
 
 
 def file_reader(file: DeviceFile) -> Callable[[int, int], memoryview]:

@@ -14,8 +14,8 @@ from ..format.seal import SealBuilder
 from ..format.segment import SegmentHeader
 from ..gds.device import DeviceFile
 from .arena import Bytes
-from .buffer import Entry
 from .contract import Refusal
+from .entry import Entry
 from .index_entry import IndexEntry
 
 

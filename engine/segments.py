@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from ..format.errors import DeviceError
 from ..format.layout import SEGMENTS_FOLDER, segment_name
 from ..gds.device import Device, DeviceFile
+from ..gds.monitor import Monitor
 
 
 @dataclass(slots=True)
@@ -38,7 +38,8 @@ class SegmentTable:
     def __init__(self, device: Device, store_path: str, *, open_files_max: int, learns: bool = False) -> None:
         self.device = device
         self.folder = f"{store_path}/{SEGMENTS_FOLDER}"
-        self._condition = threading.Condition()
+        self._changed = Monitor()
+        self._lock = self._changed.lock
         self._segments: dict[int, Segment] = {}
         self._files: OrderedDict[int, DeviceFile] = OrderedDict()
         self._open_files_max = open_files_max
@@ -48,39 +49,39 @@ class SegmentTable:
         return f"{self.folder}/{segment_name(segment_id)}"
 
     def add(self, segment: Segment) -> None:
-        with self._condition:
+        with self._lock:
             self._segments[segment.segment_id] = segment
 
     def resize(self, segment_id: int, size_bytes: int, *, sealed: bool) -> None:
-        with self._condition:
+        with self._lock:
             segment = self._segments[segment_id]
             segment.size_bytes, segment.sealed = size_bytes, sealed
 
     def get(self, segment_id: int) -> Segment | None:
-        with self._condition:
+        with self._lock:
             return self._segments.get(segment_id)
 
     def all(self) -> list[Segment]:
         """Every segment, oldest first."""
-        with self._condition:
+        with self._lock:
             return [self._segments[segment_id] for segment_id in sorted(self._segments)]
 
     def total_bytes(self) -> int:
-        with self._condition:
+        with self._lock:
             return sum(segment.size_bytes for segment in self._segments.values())
 
     def oldest_live_id(self) -> int:
         """Smallest id that is not being freed; 0 when there is none."""
-        with self._condition:
+        with self._lock:
             return min((s.segment_id for s in self._segments.values() if s.retired_at_s is None), default=0)
 
     def retire(self, segment_id: int, now_s: float) -> None:
-        with self._condition:
+        with self._lock:
             self._segments[segment_id].retired_at_s = now_s
 
     def claim_removable(self, now_s: float, grace_s: float) -> int | None:
         """The oldest segment when it is retired, unpinned and past its grace; nobody can pin it from then on."""
-        with self._condition:
+        with self._lock:
             if not self._segments:
                 return None
             oldest = self._segments[min(self._segments)]
@@ -91,7 +92,7 @@ class SegmentTable:
 
     def remove(self, segment_id: int) -> None:
         """Unlink a claimed segment and make that durable. Raises ``DeviceError``; it can be tried again."""
-        with self._condition:
+        with self._lock:
             file = self._files.pop(segment_id, None)
         if file is not None:
             file.close()
@@ -101,13 +102,13 @@ class SegmentTable:
             if error.errno != errno.ENOENT:  # someone removed it for us: the space is free all the same
                 raise
         self.device.sync_folder(self.folder)
-        with self._condition:
+        with self._lock:
             self._segments.pop(segment_id, None)
-            self._condition.notify_all()
+            self._changed.notify_all()
 
     def forget(self, segment_id: int) -> None:
         """A file that vanished from under us: stop counting it."""
-        with self._condition:
+        with self._lock:
             self._segments.pop(segment_id, None)
 
     def pin(self, segment_id: int) -> DeviceFile | None:
@@ -115,7 +116,7 @@ class SegmentTable:
 
         Raises ``DeviceError`` when the file cannot be opened for another reason.
         """
-        with self._condition:
+        with self._lock:
             segment = self._segments.get(segment_id)
             if segment is None:
                 if not self._learns:
@@ -142,11 +143,11 @@ class SegmentTable:
         return self._keep_open(segment_id, opened)
 
     def unpin(self, segment_id: int) -> None:
-        with self._condition:
+        with self._lock:
             segment = self._segments.get(segment_id)
             if segment is not None:
                 segment.pins -= 1
-                self._condition.notify_all()
+                self._changed.notify_all()
 
     @contextlib.contextmanager
     def reading(self, segment_id: int) -> Iterator[DeviceFile | None]:
@@ -160,7 +161,7 @@ class SegmentTable:
 
     def _keep_open(self, segment_id: int, opened: DeviceFile) -> DeviceFile:
         closing: list[DeviceFile] = []
-        with self._condition:
+        with self._lock:
             file = self._files.get(segment_id)
             if file is None:
                 file = self._files[segment_id] = opened
@@ -183,7 +184,7 @@ class SegmentTable:
 
     def close_files(self, *, unpinned_only: bool = False) -> None:
         """Close cached files; a follower does so at each catch-up, since its open files hold the space of removed segments."""
-        with self._condition:
+        with self._lock:
             chosen = [i for i in self._files if not unpinned_only or i not in self._segments or self._segments[i].pins == 0]
             files = [self._files.pop(segment_id) for segment_id in chosen]
         for file in files:

@@ -15,8 +15,8 @@ from ..format.keys import check_key, check_meta, key_digest, tag_digest
 from ..format.layout import ZERO_DIGEST
 from ..format.namespace import Namespace
 from .blocks import BlockView, copy_spans, cut_spans, view_block
-from .buffer import Entry, Kind
 from .contract import Block, BlockInfo, PutStatus, Refusal, Status
+from .entry import Entry, Kind
 from .jobs import ACCEPTED, EXISTS, ReadJob, WriteJob, refused
 from .namespaces import NamespaceState
 from .reading import read_blocks
@@ -207,17 +207,18 @@ class Space:
         views = self._destinations(keys, outs)
         job = ReadJob(len(keys))
         if timeout is None:
-            pending = read_blocks(core, self.digest, job, keys, views, direct=True, inline=True)
-            if pending is not None:
-                core.start_job(job, pending)
-                try:
-                    job.wait()
-                except BaseException:
-                    job.cancel()  # the destinations are the caller's again only when no I/O targets them
-                    raise
-        else:
-            core.start_job(job, lambda: read_blocks(core, self.digest, job, keys, views, direct=False))
             try:
+                pending = read_blocks(core, self.digest, job, keys, views, direct=True, inline=True)
+                if pending is not None:
+                    core.start_job(job, pending)
+                    job.wait()
+            except BaseException:
+                core.buffer.release()
+                job.cancel()  # the destinations are the caller's again only when no I/O targets them
+                raise
+        else:
+            try:
+                core.start_job(job, lambda: read_blocks(core, self.digest, job, keys, views, direct=False))
                 finished = job.wait(timeout)
             except BaseException:
                 job.abandon()
@@ -235,7 +236,7 @@ class Space:
 
     def info(self, keys: Sequence[bytes]) -> list[BlockInfo | None]:
         self._core.check_usable()
-        return [self._core.block_info(self.digest + key) for key in keys]
+        return self._core.in_background(lambda: [self._core.block_info(self.digest + key) for key in keys])
 
     # --- keeping and removing -----------------------------------------------------------------------------------
 
@@ -248,8 +249,9 @@ class Space:
     def pin(self, keys: Sequence[bytes]) -> Iterator[int]:
         self._core.check_usable()
         idents = [self.digest + key for key in keys]
-        held = self._core.pins.hold(idents)
+        held: dict[bytes, None] = {}
         try:
+            self._core.pins.hold(idents, held)
             present = self._present(idents)
             yield sum(1 for ident, here in zip(idents, present, strict=True) if here and ident in held)
         finally:

@@ -31,9 +31,7 @@ class ManualClock:
         return (self._now_ns - self._start_ns) / 1e9
 
 
-def open_on_device(
-    device: Device, *, index: Index | None = None, clock: Any = None, path: str = STORE_PATH, **options: Any
-) -> DiskStore:
+def open_on_device(device: Device, *, index: Index | None = None, clock: Any = None, path: str = STORE_PATH, **options: Any) -> DiskStore:
     """The real store on a device of the test's choice. Small by default: 1 MiB segments, 64 MiB capacity, 8 MiB buffer.
 
     Pass the same ``index`` (or its ``crash()``) again to reopen with it; without one the index starts empty and is rebuilt.

@@ -17,11 +17,12 @@ import numpy as np
 from ..format.layout import PAGE_BYTES, Codec, RecordType
 from ..format.record import RecordHeader
 from ..gds.buffers import SlotPool
-from .buffer import Buffer, Entry, Kind, State
+from .buffer import Buffer
 from .catalog import Catalog
 from .config import Clock, StoreConfig
 from .contract import Refusal
 from .encoder import EncodedBlock, Encoder
+from .entry import Entry, Kind, State
 from .health import Health
 from .index_entry import IndexEntry
 from .reinsertion import Reinsertion
@@ -93,9 +94,9 @@ class Writer:
 
     def stop(self, timeout_s: float | None) -> bool:
         """Write what is queued, seal the open segment, end the thread; False when it did not end in time."""
-        with self._buffer.condition:
+        with self._buffer.lock:
             self._stopping = True
-            self._buffer.condition.notify_all()
+            self._buffer.changed.notify_all()
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
@@ -114,14 +115,16 @@ class Writer:
     def _wait_for_work(self) -> list[Entry]:
         """Block until a batch is due: enough bytes, old enough, asked for, or stopping. Empty: stop."""
         buffer = self._buffer
-        with buffer.condition:
-            while not self._due():
+        while True:
+            with buffer.lock:
+                if self._due():
+                    return buffer.take(self._config.batch_bytes)
                 if self._stopping:
                     return []
                 oldest_s = buffer.queue[0].queued_at_s if buffer.queue else None
-                timeout_s = None if oldest_s is None else max(0.0, oldest_s + self._config.flush_after_s - time.monotonic())
-                buffer.condition.wait(timeout_s)
-            return buffer.take(self._config.batch_bytes)
+            timeout_s = None if oldest_s is None else max(0.0, oldest_s + self._config.flush_after_s - time.monotonic())
+            came = oldest_s is None
+            buffer.changed.wait_for(lambda came=came: self._stopping or self._due() or (came and bool(buffer.queue)), timeout_s)  # type: ignore[misc]
 
     def _due(self) -> bool:
         buffer = self._buffer

@@ -7,13 +7,13 @@ meantime is caught by a canary in it.
 from __future__ import annotations
 
 import collections
-import threading
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 from ..format.errors import KvlodeError
 from .device import Device, DeviceFile, IoBuffer, OpenMode
+from .monitor import Monitor
 from .transfer import Uses
 from .wrapping import WrappingDevice, WrappingFile, pass_on, running_future
 
@@ -33,28 +33,28 @@ class LateDevice(WrappingDevice):
 
     def __init__(self, inner: Device, holding: Collection[str] = ("read", "write")) -> None:
         super().__init__(inner)
-        self._condition = threading.Condition()
+        self._changed = Monitor()
+        self._lock = self._changed.lock
         self._holding = frozenset(holding)
         self._held: collections.deque[HeldTransfer] = collections.deque()
 
     def hold(self, *operations: str) -> None:
         """From now on hold these operations, and let others pass. Those held already stay held."""
-        with self._condition:
+        with self._lock:
             self._holding = frozenset(operations)
 
     def held(self) -> list[HeldTransfer]:
         """What waits now, oldest first."""
-        with self._condition:
+        with self._lock:
             return list(self._held)
 
     def wait_for_held(self, count: int, timeout_s: float = 30.0) -> bool:
         """Wait until at least ``count`` transfers are held."""
-        with self._condition:
-            return self._condition.wait_for(lambda: len(self._held) >= count, timeout_s)
+        return self._changed.wait_for(lambda: len(self._held) >= count, timeout_s)
 
     def release(self, count: int | None = None) -> int:
         """Let the oldest ``count`` transfers (default: all) go to the inner device; how many went."""
-        with self._condition:
+        with self._lock:
             count = len(self._held) if count is None else min(count, len(self._held))
             released = [self._held.popleft() for _ in range(count)]
         for transfer in released:
@@ -72,10 +72,10 @@ class LateDevice(WrappingDevice):
 
     def admit(self, transfer: HeldTransfer) -> None:
         """Hold a transfer, or start it when its operation is not held."""
-        with self._condition:
+        with self._lock:
             if transfer.operation in self._holding:
                 self._held.append(transfer)
-                self._condition.notify_all()
+                self._changed.notify_all()
                 return
         transfer.start()
 

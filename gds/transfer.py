@@ -15,6 +15,7 @@ import numpy as np
 
 from ..format.errors import DeviceError, device_error
 from .device import HostBuffer, IoCounter, IoPath
+from .monitor import Monitor
 
 ByteView: TypeAlias = "memoryview[int]"
 """A flat view of bytes."""
@@ -132,35 +133,36 @@ class Uses:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._condition = threading.Condition()
+        self._changed = Monitor()
+        self._lock = self._changed.lock
         self._count = 0
         self._closed = False
         self._pid = os.getpid()
 
     def begin(self, operation: str) -> None:
         """Raises ``DeviceError`` (EBADF) once ``close`` was called."""
-        with self._condition:
+        with self._lock:
             if self._closed:
                 raise DeviceError(operation, self._path, errno=errno.EBADF, detail="the file is closed")
             self._count += 1
 
     def end(self) -> None:
-        with self._condition:
+        with self._lock:
             self._count -= 1
             if self._closed and self._count == 0:
-                self._condition.notify_all()
+                self._changed.notify_all()
 
     def close(self) -> bool:
         """Wait until nothing uses the file; ``False`` when it was closed before."""
         if os.getpid() != self._pid:  # locks of the parent's threads may be held for ever here
             was_closed, self._closed = self._closed, True
             return not was_closed
-        with self._condition:
+        with self._lock:
             if self._closed:
                 return False
             self._closed = True
-            self._condition.wait_for(lambda: self._count == 0)
-            return True
+        self._changed.wait_for(lambda: self._count == 0)
+        return True
 
     @contextmanager
     def using(self, operation: str) -> Iterator[None]:

@@ -162,6 +162,8 @@ def test_a_quick_run_answers_with_one_object_and_leaves_nothing_behind(tmp_path:
         if item["state"] != "skipped":
             assert item["figure"] > 0 and item["rounds"] >= 1, (name, item)
             assert (item["reached"] is None) == (item["bar"] is None), (name, item)
+    paths = answer["items"]["read_raw.aligned"]["absolute"]["io_bytes"]
+    assert sum(paths.values()) >= answer["settings"]["size_bytes"] and set(paths) <= {"o_direct", "buffered", "gds", "cufile-compat"}
     assert code == int(any(item["state"] == "void" for item in answer["items"].values()))
     assert not folder.exists()
 

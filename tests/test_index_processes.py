@@ -204,11 +204,18 @@ FORK = """
     def files():
         return {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in Path(sys.argv[1]).iterdir()}
 
-    index = RocksIndex(sys.argv[1], write_buffer_bytes=256 << 10)
-    follower = RocksFollowerIndex(sys.argv[1])
     keys = [b"%05d" % n for n in range(5000)]
-    for start in range(0, 5000, 1000):
-        index.apply([(key, bytes(90)) for key in keys[start:start + 1000]])
+
+    def apply(index, keys):
+        for start in range(0, len(keys), 1000):
+            index.apply([(key, bytes(90)) for key in keys[start:start + 1000]])
+
+    index = RocksIndex(sys.argv[1])
+    apply(index, keys[:2500])
+    index.close()  # flushes: from here on there is a table, and the write buffer is large enough that nothing moves by itself
+    index = RocksIndex(sys.argv[1])
+    follower = RocksFollowerIndex(sys.argv[1])
+    apply(index, keys[2500:])
     follower.catch_up()
     scan = index.scan()
     next(scan)

@@ -69,13 +69,15 @@ def _store(files: StoreFiles, limit: int, as_json: bool) -> int:
     views = list(files.segments())
     problems = [problem for view in views for problem in view.problems]
     if as_json:
-        print_json({
-            "path": str(files.path),
-            "store_uuid": files.superblock.store_uuid,
-            "segments": [_segment_facts(view) for view in views[:limit]],
-            "segments_left_out": max(0, len(views) - limit),
-            "problems": problems,
-        })
+        print_json(
+            {
+                "path": str(files.path),
+                "store_uuid": files.superblock.store_uuid,
+                "segments": [_segment_facts(view) for view in views[:limit]],
+                "segments_left_out": max(0, len(views) - limit),
+                "problems": problems,
+            }
+        )
         return 1 if problems else 0
     console = Console()
     console.print(f"store {files.path}", highlight=False)

@@ -154,9 +154,7 @@ class StoreFiles:
 
     def _rows_by_scan(self, read: Read, segment_id: int, end: int, problems: list[str]) -> list[RecordRow]:
         try:
-            scan = scan_unsealed(
-                read, end=end, store_uuid=self.superblock.store_uuid, segment_id=segment_id, verify_payloads=False
-            )
+            scan = scan_unsealed(read, end=end, store_uuid=self.superblock.store_uuid, segment_id=segment_id, verify_payloads=False)
         except FormatError as error:
             problems.append(str(error))
             return []

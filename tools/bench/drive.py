@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...engine.config import StoreConfig
+from ...engine.store import DiskStore
 from ...gds.buffers import ByteArray, aligned_array
 from .bare import MEMORY_BYTES, replay_reads, replay_writes, touched_memory
 from .figures import Bar, Item, abba, ratio_item
@@ -51,12 +52,18 @@ class _WriteItem:
         self._name = name
         self._settled = settled
         self._trace = Trace()
+        self._io_bytes: dict[str, int] = {}
 
     def measure(self, bar: Bar | None) -> Item:
         self._store_arm(0)  # the trace for a round that begins with the bare loop
         rates = abba(self._setting.rounds, self._setting.step(self._name, self._store_arm), self._bare_arm)
         data_bytes = self._blocks.count * self._blocks.block_bytes
-        facts = {"bytes": data_bytes, "block_bytes": self._blocks.block_bytes, "depth_bytes": self._trace.in_flight_bytes_max}
+        facts = {
+            "bytes": data_bytes,
+            "block_bytes": self._blocks.block_bytes,
+            "depth_bytes": self._trace.in_flight_bytes_max,
+            "io_bytes": self._io_bytes,
+        }
         return ratio_item(self._name, *rates, bar=bar, facts=facts)
 
     def _store_arm(self, _: int) -> float:
@@ -72,6 +79,7 @@ class _WriteItem:
             blocks.put_all(store)
             seconds = time.perf_counter() - started
             self._trace = device.trace.cut()
+            self._io_bytes = _bytes_by_path(store, "write_bytes")
         shutil.rmtree(path)
         return blocks.count * blocks.block_bytes / seconds / 1e9
 
@@ -106,6 +114,7 @@ class _ReadItem:
         self._outs, self._views = allocate(blocks)
         self._memory = touched_memory(min(MEMORY_BYTES, blocks.count * blocks.block_bytes), seed=1)
         self._trace = Trace()
+        self._io_bytes: dict[str, int] = {}
         self._voids: list[str] = []
         self._round = 0
 
@@ -114,7 +123,12 @@ class _ReadItem:
         arms = self._setting.step(self._name, self._store_arm), self._bare_arm
         store_rates, bare_rates = abba(self._setting.rounds, *arms)
         data_bytes = self._blocks.count * self._blocks.block_bytes
-        facts = {"bytes": data_bytes, "block_bytes": self._blocks.block_bytes, "depth_bytes": self._trace.in_flight_bytes_max}
+        facts = {
+            "bytes": data_bytes,
+            "block_bytes": self._blocks.block_bytes,
+            "depth_bytes": self._trace.in_flight_bytes_max,
+            "io_bytes": self._io_bytes,
+        }
         void = self._voids[0] if self._voids else None
         return ratio_item(self._name, store_rates, bare_rates, bar=READ_BAR, facts=facts, void=void)
 
@@ -136,6 +150,7 @@ class _ReadItem:
             seconds = time.perf_counter() - started
             read_bytes = device_read_bytes() - read_before
             self._trace = self._trace.cut()
+            self._io_bytes = _bytes_by_path(store, "read_bytes")
         self._check([numbers[position] for position in order], statuses, [self._views[position] for position in order], read_bytes)
         return blocks.count * blocks.block_bytes / seconds / 1e9
 
@@ -163,6 +178,11 @@ def _tensor_outs(blocks: Blocks) -> tuple[list[Any], list[ByteArray]]:
     return list(tensors), [tensor.numpy() for tensor in tensors]
 
 
+def _bytes_by_path(store: DiskStore, direction: str) -> dict[str, int]:
+    """What the store's device counted in this round, by the way the bytes took (O_DIRECT, buffered, ...)."""
+    return {path: counts[direction] for path, counts in store.stats()["io"].items()}
+
+
 def warm(read_bytes: int, data_bytes: int) -> str | None:
     """Why a read was not cold, when the kernel fetched less from drives than was delivered; ``None`` when it was."""
     return None if read_bytes >= data_bytes else f"not cold: {read_bytes} bytes came from the drive for {data_bytes} bytes of blocks"
@@ -171,5 +191,3 @@ def warm(read_bytes: int, data_bytes: int) -> str | None:
 def needed_bytes(setting: Setting) -> int:
     """Free space that these items need at any time."""
     return 2 * setting.block_count * setting.block_bytes + (2 << 30 if not setting.quick else 256 << 20)
-
-
