@@ -158,6 +158,7 @@ class ReadJob(_Job):
         if self.claim():  # nobody works on it, and nobody will
             for position in range(len(self._statuses)):
                 self.settle(position, Status.CANCELLED)
+            self._finish()  # also where an interrupt came between the last settlement and this
         self.wait()
 
     def abandon(self) -> None:

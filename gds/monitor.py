@@ -29,7 +29,10 @@ class Monitor:
     def notify_all(self) -> None:
         """Let everyone who waits look again. Call it with the lock held."""
         while self._waiters:
-            self._waiters.pop().release()
+            waiter = self._waiters[-1]
+            if waiter.locked():
+                waiter.release()
+            del self._waiters[-1]  # last: an interrupt before it has woken somebody twice, which does no harm
 
     def wait_for(self, predicate: Callable[[], bool], timeout_s: float | None = None) -> bool:
         """Wait until ``predicate`` holds; False when the time passed first. It is called under the lock; do not hold that yourself."""
