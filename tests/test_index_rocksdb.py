@@ -67,13 +67,21 @@ def test_its_logs_stay_bounded_over_many_opens(tmp_path: Path) -> None:
     assert sum(name.endswith(".log") for name in names) <= 1, names
 
 
+def log_bytes(index: Path) -> int:
+    """The size of the write-ahead logs in bytes; one that RocksDB removes between listing and looking counts nothing."""
+    size_bytes = 0
+    for path in index.glob("*.log"):
+        with contextlib.suppress(FileNotFoundError):
+            size_bytes += path.stat().st_size
+    return size_bytes
+
+
 def test_its_write_ahead_log_is_bounded_while_entries_are_overwritten(tmp_path: Path) -> None:
     with contextlib.closing(RocksIndex(tmp_path / "index", write_buffer_bytes=MIB, wal_bytes_max=2 * MIB)) as index:
         for generation in range(20):
             fill(index, rows(2000, generation))
         assert index.get_many([key for key, _ in rows(2000)]) == [value for _, value in rows(2000, 19)]
-        wal_bytes = sum(path.stat().st_size for path in (tmp_path / "index").glob("*.log"))
-        assert wal_bytes <= 8 * MIB
+        assert log_bytes(tmp_path / "index") <= 8 * MIB
         assert index.size_bytes() <= 40 * MIB
 
 
