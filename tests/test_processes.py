@@ -156,6 +156,7 @@ def test_a_store_that_nobody_closed_is_written_at_exit(tmp_path: Path) -> None:
 def test_interrupts_during_puts_leave_the_store_usable_and_exact(tmp_path: Path) -> None:
     script = f"""
         import signal
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in its background with it ignored
         store = kvlode.open(sys.argv[1], capacity="512MiB", buffer="8MiB")
         space = store.namespace(descriptor())
         interrupts, i = 0, 0
