@@ -1,0 +1,159 @@
+"""What a check is asked to do: how deep, of which share, for how long; and how it is told to stop."""
+
+from __future__ import annotations
+
+import enum
+import random
+import re
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from ...format.errors import InvalidConfig
+
+_UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)", re.IGNORECASE)
+_SHARE = re.compile(r"(\d+)/(\d+)")
+_PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
+
+
+class Level(enum.StrEnum):
+    """How much is read. Each level includes the one before it."""
+
+    QUICK = "quick"
+    """Superblock, segment headers, seals, the walk of unsealed segments, and what the index says of itself."""
+    WALK = "walk"
+    """Every record header, and the index in both directions."""
+    SAMPLE = "sample"
+    """The payloads of a share of the segments as well."""
+    FULL = "full"
+    """Every byte: payload checksums, decoding, raw checksums, padding."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Which segments have their payloads read; exactly one of the three is set."""
+
+    percent: float | None = None
+    share: tuple[int, int] | None = None
+    """``(n, t)``: segments whose id modulo t is n - 1, so that t runs cover everything."""
+    size_bytes: int | None = None
+    """Segments drawn until this many bytes are chosen."""
+
+    @classmethod
+    def parse(cls, text: str) -> Sample:
+        """``5%``, ``2/10`` or ``20GiB``. Raises ``InvalidConfig``."""
+        text = text.strip()
+        if match := _PERCENT.fullmatch(text):
+            percent = float(match.group(1))
+            if 0 < percent <= 100:
+                return cls(percent=percent)
+        if match := _SHARE.fullmatch(text):
+            number, total = int(match.group(1)), int(match.group(2))
+            if 1 <= number <= total:
+                return cls(share=(number, total))
+        if match := _SIZE.fullmatch(text):
+            unit = match.group(2).upper()
+            size_bytes = int(float(match.group(1)) * _UNITS.get(unit if unit.endswith("B") or not unit else f"{unit[0]}IB", 0))
+            if size_bytes > 0:
+                return cls(size_bytes=size_bytes)
+        raise InvalidConfig(
+            "a sample that cannot be understood", expected="a share as 5%, n/t (1/10 to 10/10), or a size as 20GiB", actual=repr(text)
+        )
+
+    def choose(self, segments: Sequence[tuple[int, int]], seed: int) -> set[int]:
+        """The ids chosen of ``(id, size in bytes)``; the same for the same seed. At least one when there is any."""
+        if self.share is not None:
+            number, total = self.share
+            return {segment_id for segment_id, _ in segments if segment_id % total == number - 1}
+        order = sorted(segments)
+        random.Random(seed).shuffle(order)
+        wanted_bytes = self.size_bytes if self.size_bytes is not None else sum(s for _, s in order) * (self.percent or 0.0) / 100
+        chosen: set[int] = set()
+        taken_bytes = 0
+        for segment_id, size_bytes in order:
+            if chosen and taken_bytes >= wanted_bytes:
+                break
+            chosen.add(segment_id)
+            taken_bytes += size_bytes
+        return chosen
+
+
+@dataclass(frozen=True, slots=True)
+class CheckOptions:
+    """Of one run."""
+
+    level: Level = Level.WALK
+    sample: Sample | None = None
+    """For ``Level.SAMPLE``."""
+    live: bool = False
+    """Beside a running writer: no lock, sealed segments only."""
+    locked: bool = False
+    """The caller holds the writer's lock; the check takes none."""
+    max_duration_s: float | None = None
+    seed: int = 0
+    """Draws the sample."""
+    now_ns: int | None = None
+    """The time that expiry is judged by, UTC nanoseconds; the system's clock by default."""
+
+
+class Stop:
+    """A request to end early, seen at safe boundaries: between reads, never inside one. Any thread (or a signal handler) may ask."""
+
+    def __init__(self, deadline_s: float | None = None, clock_s: Callable[[], float] | None = None) -> None:
+        self._interrupted = threading.Event()
+        self._deadline_s = deadline_s
+        self._clock_s = clock_s
+
+    def interrupt(self) -> None:
+        """Ask for the end."""
+        self._interrupted.set()
+
+    @property
+    def interrupted(self) -> bool:
+        return self._interrupted.is_set()
+
+    @property
+    def out_of_time(self) -> bool:
+        return self._deadline_s is not None and self._clock_s is not None and self._clock_s() >= self._deadline_s
+
+    def check(self) -> None:
+        """Raises ``Stopped`` when the run is to end here."""
+        if self.interrupted:
+            raise Stopped("interrupted")
+        if self.out_of_time:
+            raise Stopped("the time was up")
+
+
+class Stopped(Exception):
+    """Unwinds a pass to its caller; the argument says why."""
+
+
+class Progress(Protocol):
+    """Where a check reports how far it is. Called from the checking thread alone."""
+
+    def begin(self, name: str, total_bytes: int) -> None:
+        """A pass starts; ``total_bytes`` is what it will read, 0 when that is not known."""
+        ...
+
+    def advance(self, size_bytes: int, place: str = "") -> None:
+        """Bytes were read; ``place`` is the file."""
+        ...
+
+    def end(self) -> None:
+        """The pass is over."""
+        ...
+
+
+class Silence:
+    """``Progress`` for nobody."""
+
+    def begin(self, name: str, total_bytes: int) -> None:
+        """See ``Progress``."""
+
+    def advance(self, size_bytes: int, place: str = "") -> None:
+        """See ``Progress``."""
+
+    def end(self) -> None:
+        """See ``Progress``."""
