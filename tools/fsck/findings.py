@@ -90,6 +90,8 @@ class Report:
     """Operational errors: what could not be checked."""
     actions: list[str] = field(default_factory=list)
     """Repairs that were carried out, in order."""
+    undone: list[str] = field(default_factory=list)
+    """Repairs that were planned and not carried out, after an error or an interrupt."""
     interrupted: bool = False
     space: dict[str, int] = field(default_factory=dict)
     """Bytes by use: live, dead, torn, index, quarantine, other."""
@@ -108,8 +110,8 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """Of a run without repair; ``repair`` combines the runs before and after."""
-        code = ExitBit.CLEAN
+        """A sum of ``ExitBit``. After a repair, what it did and what the check behind it found."""
+        code = ExitBit.REPAIRED if self.actions else ExitBit.CLEAN
         if self.problems:
             code |= ExitBit.LEFT
         if self.errors:
