@@ -115,6 +115,14 @@ class Buffer:
                 self._clean.pop(ident, None)
         return self._fits(size_bytes)
 
+    def forget_clean(self, idents: Iterable[bytes]) -> None:
+        """These blocks left the drive: as long as copies here answered for them, a put would not store them again."""
+        with self.lock:
+            for ident in idents:
+                entry = self._clean.get(ident)
+                if entry is not None:
+                    self._hide(entry)
+
     def publish(self, entry: Entry) -> None:
         """A filled block becomes dirty: visible to readers and queued for the log."""
         with self.lock:
@@ -129,7 +137,7 @@ class Buffer:
                 return
             self._forget(entry)
             shadowed, entry.shadowed = entry.shadowed, None
-            if shadowed is not None and shadowed.ticket > self.tickets_settled:
+            if shadowed is not None and shadowed.state is not State.GONE:
                 self.entries[entry.ident] = shadowed
             self.changed.notify_all()
 
@@ -230,6 +238,10 @@ class Buffer:
         """Whether an entry is a block with bytes to serve (a tombstone or a block being filled is not)."""
         return entry.kind is Kind.BLOCK and (entry.state is State.DIRTY or entry.state is State.CLEAN)
 
+    def durable(self, entry: Entry) -> bool:
+        """Whether a readable block is on the drive too; one that was given up when the store failed is not."""
+        return self._clean.get(entry.ident) is entry
+
     def release(self) -> None:
         """Let go of what this thread has acquired, if anything."""
         with self.lock:
@@ -294,9 +306,11 @@ class Buffer:
     def _retire(self, entry: Entry, durable: bool, keep_readable: bool) -> None:
         visible = self.entries.get(entry.ident) is entry
         if entry.kind is not Kind.BLOCK:
-            if visible:
-                del self.entries[entry.ident]
-            return
+            if durable:
+                entry.state = State.GONE
+                if visible:
+                    del self.entries[entry.ident]
+            return  # one that was given up goes on hiding its key: deleted blocks do not come back while the store is open
         if visible and entry.allocation is not None and ((durable and self._serve_clean) or (not durable and keep_readable)):
             entry.state = State.CLEAN
             if durable:

@@ -110,13 +110,14 @@ class Catalog:
     def change(self, changes: dict[bytes, bytes | None]) -> bool:
         """Put (bytes) and delete (``None``) entries. False when the index refused: the changes wait in memory until ``retry``."""
         if self._delta:
-            self._delta = {**self._delta, **changes}
+            # later changes go behind earlier ones, keys changed again included: a checkpoint must not get ahead of what it covers
+            self._delta = {**{key: value for key, value in self._delta.items() if key not in changes}, **changes}
             return self.retry()
         try:
             self._apply(changes)
         except IndexWriteError:
             self._counters.add("index_write_errors")
-            self._delta = {**self._delta, **changes}
+            self._delta = dict(changes)
             return False
         return True
 
@@ -136,10 +137,10 @@ class Catalog:
             batch = items[start : start + BATCH_ENTRIES_MAX]
             self.index.apply([(k, v) for k, v in batch if v is not None], [k for k, v in batch if v is None])
 
-    def drop_if_at(self, places: Iterable[tuple[bytes, int, int]]) -> int:
-        """Delete the entries that still point to (segment id, offset); returns how many did."""
+    def drop_if_at(self, places: Iterable[tuple[bytes, int, int]]) -> list[bytes]:
+        """Delete the entries that still point to (segment id, offset); returns which did."""
         wanted = list(places)
-        dropped = 0
+        dropped: list[bytes] = []
         for start in range(0, len(wanted), BATCH_ENTRIES_MAX):
             part = wanted[start : start + BATCH_ENTRIES_MAX]
             changes: dict[bytes, bytes | None] = {}
@@ -149,18 +150,24 @@ class Catalog:
                     changes[ident] = None
             if changes:
                 self.change(changes)
-            dropped += len(changes)
+            dropped += changes
         return dropped
 
     def purge(self, namespace: bytes, floor_seq: int, start: bytes | None, limit: int) -> bytes | None:
         """Delete up to ``limit`` entries of a dropped namespace; returns where to go on, ``None`` at the end."""
-        changes: dict[bytes, bytes | None] = {}
+        found: dict[bytes, bytes | None] = {}
         resume = None
         for count, (ident, value) in enumerate(self.index.scan(namespace, start)):
             if count == limit:
                 resume = ident
                 break
-            if expires_and_version(value)[1] < floor_seq:
+            found[ident] = value
+        if resume is None:  # what waits in memory is not in the index yet, and newer than what is
+            found |= {ident: value for ident, value in self._delta.items() if ident[:16] == namespace}
+        changes: dict[bytes, bytes | None] = {}
+        for ident, value in found.items():
+            value = self._delta.get(ident, value)
+            if value is not None and expires_and_version(value)[1] < floor_seq:
                 changes[ident] = None
         if changes:
             self.change(changes)

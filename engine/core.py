@@ -133,7 +133,7 @@ class Core:
             self.counters,
             self.namespaces,
             store_uuid=self.superblock.store_uuid,
-            pinned=self.pins.__contains__,
+            pins=self.pins,
         )
         self.keeper = Keeper(
             self.config,
@@ -239,7 +239,7 @@ class Core:
             try:
                 if held.expires_at_ns and now_ns >= held.expires_at_ns:
                     return None
-                durable = 0 < held.ticket <= self.buffer.tickets_settled
+                durable = self.buffer.durable(held)
                 expires = held.expires_at_ns or None
                 size = held.size_bytes
                 return BlockInfo(size, size, held.written_at_ns, expires, max(held.depth, 0), held.tag, held.meta, durable)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from typing import TypeAlias
 
 from ..format.errors import DeviceError, FormatError, KvlodeError
 from ..format.keys import key_digest
@@ -14,13 +15,14 @@ from ..format.seal import SealTable
 from ..format.walk import find_seal
 from ..gds.device import DeviceFile
 from .buffer import Buffer
-from .catalog import Catalog
+from .catalog import BATCH_ENTRIES_MAX, Catalog
 from .commit import CommitThread
 from .config import Clock
 from .entry import Entry, Kind
 from .heat import HeatTable
 from .index_entry import IndexEntry
 from .namespaces import NamespaceTable
+from .pins import PinTable
 from .policy import Candidate, ReinsertionPolicy
 from .reinsertion import CopyForward, Reinsertion, file_reader, load_record
 from .segments import Segment, SegmentTable
@@ -30,6 +32,9 @@ logger = logging.getLogger("kvlode")
 
 COMMIT_WAIT_S = 30.0
 COPY_POLL_S = 0.05
+
+Place: TypeAlias = tuple[bytes, int, int]
+"""A block and where its record lies: ident, segment id, offset."""
 
 
 class Evictor:
@@ -48,7 +53,7 @@ class Evictor:
         namespaces: NamespaceTable,
         *,
         store_uuid: bytes,
-        pinned: Callable[[bytes], bool],
+        pins: PinTable,
     ) -> None:
         self._clock = clock
         self._segments = segments
@@ -60,7 +65,7 @@ class Evictor:
         self._counters = counters
         self._namespaces = namespaces
         self._store_uuid = store_uuid
-        self._pinned = pinned
+        self._pins = pins
 
     def empty(self, victim: Segment, out_of_room: Callable[[], bool]) -> int:
         """No index entry points into the segment afterwards; returns how many blocks were given up.
@@ -69,10 +74,35 @@ class Evictor:
         """
         table = self._table(victim)
         if table is None:
-            places = self._places_by_scan(victim.segment_id)
-        else:
-            places = self._carry_forward(victim, table, out_of_room)
-        return self._commit.call(lambda: self._catalog.drop_if_at(places)).result(COMMIT_WAIT_S)
+            return self._drop(self._places_by_scan(victim.segment_id))[0]
+        self._learn_namespaces(victim, table)
+        rows = [i for i in range(len(table)) if table.type[i] == RecordType.BLOCK]
+        places = {i: (bytes(table.namespace[i]) + table.key(i), victim.segment_id, int(table.page[i]) * PAGE_BYTES) for i in rows}
+        dropped = 0
+        while places:  # again for the blocks that were pinned meanwhile
+            pinned = {ident for ident, _, _ in places.values() if ident in self._pins}
+            self._carry_forward(victim, table, places, pinned, out_of_room)
+            count, kept = self._drop(list(places.values()), considered=pinned)
+            dropped += count
+            places = {row: place for row, place in places.items() if place in kept}
+        return dropped
+
+    def _drop(self, places: list[Place], considered: set[bytes] | None = None) -> tuple[int, set[Place]]:
+        """Take blocks out of the index that still point there: how many, and which were kept for pins that are not ``considered`` yet."""
+        return self._commit.call(lambda: self._drop_now(places, considered)).result(COMMIT_WAIT_S)
+
+    def _drop_now(self, places: list[Place], considered: set[bytes] | None) -> tuple[int, set[Place]]:
+        count = 0
+        kept: set[Place] = set()
+        for start in range(0, len(places), BATCH_ENTRIES_MAX):
+            part = places[start : start + BATCH_ENTRIES_MAX]
+            with self._pins.held_still():
+                if considered is not None:
+                    kept.update(place for place in part if place[0] in self._pins and place[0] not in considered)
+                dropped = self._catalog.drop_if_at([place for place in part if place not in kept])
+            self._buffer.forget_clean(dropped)
+            count += len(dropped)
+        return count, kept
 
     def _table(self, victim: Segment) -> SealTable | None:
         """The victim's table of contents, or ``None`` when it cannot be read."""
@@ -86,24 +116,21 @@ class Evictor:
                 return None
         return None if found is None else found[1]
 
-    def _places_by_scan(self, segment_id: int) -> list[tuple[bytes, int, int]]:
+    def _places_by_scan(self, segment_id: int) -> list[Place]:
         """Entries of a segment whose table is damaged, by going through the whole index."""
         entries = ((ident, IndexEntry.unpack(value)) for ident, value in self._catalog.index.scan() if ident[:16] != bytes(16))
         return [(ident, segment_id, entry.offset) for ident, entry in entries if entry.segment_id == segment_id]
 
-    def _carry_forward(self, victim: Segment, table: SealTable, out_of_room: Callable[[], bool]) -> list[tuple[bytes, int, int]]:
-        """Reinsert what the policy keeps; returns the places of all blocks of the victim."""
-        self._learn_namespaces(victim, table)
-        rows = [i for i in range(len(table)) if table.type[i] == RecordType.BLOCK]
-        idents = [bytes(table.namespace[i]) + table.key(i) for i in rows]
-        places = [(ident, victim.segment_id, int(table.page[i]) * PAGE_BYTES) for i, ident in zip(rows, idents, strict=True)]
-        live = self._live(places)
-        candidates = [self._candidate(table, i, ident) for i, ident in zip(rows, idents, strict=True) if ident in live]
+    def _carry_forward(
+        self, victim: Segment, table: SealTable, places: dict[int, Place], pinned: set[bytes], out_of_room: Callable[[], bool]
+    ) -> None:
+        """Reinsert what the policy keeps of the blocks at these rows."""
+        live = self._live(list(places.values()))
+        candidates = [self._candidate(table, row, place[0], place[0] in pinned) for row, place in places.items() if place[0] in live]
         chosen = self._policy.choose(candidates, victim.size_bytes)
         chosen = [candidate for candidate in chosen if self._namespaces.get(candidate.ident[:16]) is not None]
         if chosen:
             self._reinsert(victim, table, chosen, out_of_room)
-        return places
 
     def _learn_namespaces(self, victim: Segment, table: SealTable) -> None:
         """Blocks of namespaces that this process never opened are carried forward too: the segment describes them itself."""
@@ -119,7 +146,7 @@ class Evictor:
                 except (KvlodeError, OSError) as error:
                     logger.warning("a namespace record could not be read, its blocks are not carried forward: %s", error)
 
-    def _live(self, places: list[tuple[bytes, int, int]]) -> set[bytes]:
+    def _live(self, places: list[Place]) -> set[bytes]:
         now_ns = self._clock.now_ns()
         live = set()
         entries = self._catalog.find([ident for ident, _, _ in places])
@@ -130,9 +157,9 @@ class Evictor:
                 live.add(ident)
         return live
 
-    def _candidate(self, table: SealTable, row: int, ident: bytes) -> Candidate:
+    def _candidate(self, table: SealTable, row: int, ident: bytes, pinned: bool) -> Candidate:
         slot = self._heat.slot(ident[:16], key_digest(ident[16:]))
-        return Candidate(row, ident, int(table.stored_length[row]), self._heat.count(slot), self._pinned(ident))
+        return Candidate(row, ident, int(table.stored_length[row]), self._heat.count(slot), pinned)
 
     def _reinsert(self, victim: Segment, table: SealTable, chosen: list[Candidate], out_of_room: Callable[[], bool]) -> None:
         """Copy blocks forward through the writer and wait until they are indexed at their new place.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 PINNED_SHARE_MAX = 0.5
 """Pinned blocks are carried forward at reclaim, so they may take at most half of the store."""
@@ -41,6 +42,12 @@ class PinTable:
                 self._leases[ident] -= 1
                 if self._leases[ident] == 0:
                     del self._leases[ident], self._sizes[ident]
+
+    @contextlib.contextmanager
+    def held_still(self) -> Iterator[None]:
+        """No lease begins or ends meanwhile: who asks whether a block is pinned here can act on the answer."""
+        with self._lock:
+            yield
 
     def __contains__(self, ident: bytes) -> bool:
         return ident in self._leases

@@ -260,13 +260,11 @@ class Space:
     def delete(self, keys: Sequence[bytes]) -> int:
         self._core.check_usable()
         self._check_writable("delete")
-        idents = [self.digest + key for key in keys]
-        present = self._present(idents)
-        for key, here in zip(keys, present, strict=True):
-            if here:
-                entry = Entry(Kind.TOMBSTONE, self._state, key, written_at_ns=self._core.clock.now_ns())
-                self._core.lookups.invalidate(entry.ident)
-                self._core.buffer.enqueue_tombstone(entry)
+        present = self._present([self.digest + key for key in keys])
+        for key in keys:  # absent ones too: a record that the index has given up may still lie in a segment, for an index rebuilt from it
+            entry = Entry(Kind.TOMBSTONE, self._state, key, written_at_ns=self._core.clock.now_ns())
+            self._core.lookups.invalidate(entry.ident)
+            self._core.buffer.enqueue_tombstone(entry)
         self._core.counters.add("deleted_blocks", sum(present))
         return sum(present)
 

@@ -111,8 +111,12 @@ class _Block:
     def known(self) -> bool:
         return len(self.candidates) == 1
 
+    history: list[Value | None] = field(default_factory=lambda: [None])
+    """Every value that it ever had, oldest first: a read in the background may find any one since it began."""
+
     def become(self, value: Value | None) -> None:
         self.candidates = [value]
+        self.history.append(value)
         self.since_flush.append(value)
         self.changed = True
 
@@ -168,7 +172,7 @@ class Model:
         """A delete was answered; one that found nothing changes nothing."""
         present = self.value(ident) is not None
         assert was_present == present or (self.lossy and present), f"{ident}: present {present}, the delete says {was_present}"
-        if was_present:
+        if was_present or self.lossy:  # what the store has given up, and does not know of, must not come back either
             self._block(ident).become(None)
 
     def drop(self, space: str) -> None:
@@ -186,6 +190,11 @@ class Model:
         for block in self.blocks.values():
             block.candidates = list(dict.fromkeys([*block.ghosts, *block.since_flush]))
 
+    def index_lost(self) -> None:
+        """The index was derived again: until they are learnt, blocks may be back that were given up and not deleted."""
+        for block in self.blocks.values():
+            block.candidates = list(dict.fromkeys([*block.ghosts, *block.since_flush]))
+
     def learn(self, ident: Ident, data: np.ndarray | None) -> None:
         """After a crash: the store gave these bytes for a block (``None``: absent); they must be one of its values, whole."""
         block = self._block(ident)
@@ -197,6 +206,7 @@ class Model:
         else:
             block.ghosts, block.candidates = [], possible[-1:]
         block.since_flush, block.changed = list(block.candidates), False
+        block.history = list(block.candidates)
 
     def _matches(self, key: bytes, value: Value | None, data: np.ndarray | None) -> bool:
         if value is None or value.expired(self.clock.now_ns()):
