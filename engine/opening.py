@@ -25,7 +25,7 @@ from .follower import open_follower_index
 from .heat import HeatTable, slots_for_capacity
 from .index import Index
 from .index_open import fresh_index, open_index, remove_damaged_indexes
-from .recovery import list_segments, recover
+from .recovery import list_segments, quarantined_ids, recover
 from .registry import check_same_options, registry
 from .segments import SegmentTable
 from .stats import Counters
@@ -96,18 +96,20 @@ def _open_core(path: str, config: StoreConfig, environment: Environment) -> Core
         counters = Counters()
         segments = SegmentTable(device, path, open_files_max=config.open_files_max)
         listing = list_segments(device, segments.folder, superblock.store_uuid)
+        taken = quarantined_ids(device, f"{path}/{QUARANTINE_FOLDER}")
         _make_room(device, path, segments, listing)
         index = open_index(path, config, environment.index, counters)
         undo.callback(index.close)
         heat = _open_heat(path, config, environment, superblock)
         catalog = Catalog(index, counters)
-        recovered = recover(device, segments, catalog, superblock.store_uuid, listing, clock, counters)
+        facts = (superblock.store_uuid, listing, clock, counters)
+        recovered = recover(device, segments, catalog, *facts, ids_taken=taken)
         if recovered is None:  # the index is of another store, or unreadable: derive it again
             index.close()
             index = fresh_index(path, config, counters)
             undo.callback(index.close)
             catalog = Catalog(index, counters)
-            recovered = recover(device, segments, catalog, superblock.store_uuid, listing, clock, counters, rebuild=True)
+            recovered = recover(device, segments, catalog, *facts, ids_taken=taken, rebuild=True)
             assert recovered is not None
         remove_damaged_indexes(path, config)
         parts = Parts(path, config, clock, device, superblock, catalog, segments, heat, counters, budget, recovered, lock, owns_device)

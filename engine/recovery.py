@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from ..format.errors import CorruptRecord, DeviceError, FormatError
-from ..format.layout import PAGE_BYTES, RecordType, parse_segment_name
+from ..format.layout import PAGE_BYTES, RecordType, parse_segment_name, segment_name
 from ..format.record import RecordHeader
 from ..format.seal import SealBuilder, SealTable, Trailer
 from ..format.segment import SegmentHeader
@@ -34,6 +34,7 @@ from .stats import Counters
 logger = logging.getLogger("kvlode")
 
 CHANGES_PER_APPLY = 4096
+SEGMENT_NAME_LENGTH = len(segment_name(0))
 EPOCH_SHIFT = 40
 
 
@@ -63,20 +64,29 @@ Changes = dict[bytes, bytes | None]
 
 def list_segments(device: Device, folder: str, store_uuid: bytes) -> list[SegmentFile]:
     """The segments of a store, oldest first. Removes a left-over spare and files that an earlier open had already freed."""
-    found: list[SegmentFile] = []
     for name in device.list_folder(folder):
-        segment_id = parse_segment_name(name)
-        if segment_id is None:
-            if name.endswith(".new"):
-                device.remove(f"{folder}/{name}")
-            continue
-        found.append(_look_at(device, f"{folder}/{name}", segment_id, store_uuid))
-    found.sort(key=lambda segment: segment.segment_id)
-    first_live = max((s.header.first_live_segment for s in found if s.header is not None), default=0)
-    for leftover in [s for s in found if s.segment_id < first_live]:
+        if name.endswith(".new"):
+            device.remove(f"{folder}/{name}")
+    live, leftovers = look_at_segments(device, folder, store_uuid)
+    for leftover in leftovers:
         logger.info("segment %016x was freed before; its removal had not reached the drive", leftover.segment_id)
         device.remove(f"{folder}/{leftover.segment_id:016x}.seg")
-    return [segment for segment in found if segment.segment_id >= first_live]
+    return live
+
+
+def look_at_segments(device: Device, folder: str, store_uuid: bytes) -> tuple[list[SegmentFile], list[SegmentFile]]:
+    """Live segments and leftovers (SPEC.md part 4.2), each oldest first. Changes nothing."""
+    names = {name: segment_id for name in device.list_folder(folder) if (segment_id := parse_segment_name(name)) is not None}
+    found = [_look_at(device, f"{folder}/{name}", segment_id, store_uuid) for name, segment_id in names.items()]
+    found.sort(key=lambda segment: segment.segment_id)
+    first_live = max((s.header.first_live_segment for s in found if s.header is not None), default=0)
+    return [s for s in found if s.segment_id >= first_live], [s for s in found if s.segment_id < first_live]
+
+
+def quarantined_ids(device: Device, folder: str) -> list[int]:
+    """Ids of the segments that a repair set aside, or kept parts of: names that begin with a segment's. They are never given again."""
+    found = (parse_segment_name(name[:SEGMENT_NAME_LENGTH]) for name in device.list_folder(folder))
+    return [segment_id for segment_id in found if segment_id is not None]
 
 
 def _look_at(device: Device, path: str, segment_id: int, store_uuid: bytes) -> SegmentFile:
@@ -119,8 +129,12 @@ def recover(
     counters: Counters,
     *,
     rebuild: bool = False,
+    ids_taken: Iterable[int] = (),
 ) -> Recovered | None:
-    """Bring index and log together. ``None``: the index belongs to another store or is damaged; call again with a fresh one."""
+    """Bring index and log together. ``None``: the index belongs to another store or is damaged; call again with a fresh one.
+
+    ``ids_taken``: ids of segments that are no longer in the log and are not to be given again.
+    """
     checkpoint = None
     if not rebuild:
         try:
@@ -156,8 +170,8 @@ def recover(
     counters.add("recovered_records", scanned)
     epochs = [found.header.epoch for found in listing if found.header is not None]
     epoch = max([sequence >> EPOCH_SHIFT, *epochs], default=0) + 1
-    next_segment_id = max([found.segment_id for found in listing] + ([end.segment_id] if end else [])) + 1 if listing or end else 1
-    return Recovered(epoch, next_segment_id, scanned)
+    ids = [*(found.segment_id for found in listing), *([end.segment_id] if end else []), *ids_taken]
+    return Recovered(epoch, max(ids, default=0) + 1, scanned)
 
 
 class _TailScan:
