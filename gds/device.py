@@ -5,7 +5,7 @@ write whole aligned pages from caller-owned buffers and answer with futures. The
 against these protocols alone, so the same store runs on POSIX files, on cuFile, in memory, and behind
 wrappers that record operations or inject faults.
 
-Rules every implementation keeps (``tests/test_device_conformance.py`` checks them):
+Rules every implementation keeps (``tests/device_conformance.py`` checks them):
 
 * Paths are ``str`` below any root; folders are created explicitly.
 * ``offset``, every buffer's length and (for direct I/O) every buffer's address should be multiples of

@@ -106,7 +106,7 @@ class _LateFile(WrappingFile):
             try:
                 pass_on(issue(), future)
             except (KvlodeError, ValueError) as error:
-                future.set_exception(error)
+                future.set_exception(error.with_traceback(None))  # its frames refer to the buffers
 
         self._device.admit(HeldTransfer(operation, self.path, offset, start))
         return future

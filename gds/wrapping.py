@@ -103,7 +103,7 @@ def pass_on(source: Future[int], target: Future[int], before: Callable[[int], in
             result = done.result()
             result = result if before is None else before(result)
         except BaseException as error:  # whatever it is, it belongs to whoever waits
-            target.set_exception(error)
+            target.set_exception(error.with_traceback(None))  # its frames refer to the buffers
         else:
             target.set_result(result)
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from ..engine.config import StoreConfig
 from ..engine.contract import Status
 from ..engine.opening import open_store
-from ..format.errors import KvlodeError
+from ..format.errors import InvalidConfig, KvlodeError
 from ..format.namespace import Namespace
 from ..gds.device import Device
 from ..gds.posix import PosixDevice
@@ -47,8 +47,12 @@ def run_gpu_check(path: Path | None, json_path: Path | None, console: Console) -
     """Run all checks in a new folder below ``path`` (default: the current folder), which is removed again.
 
     Writes the report to ``json_path``. Returns 0 when all checks held, 1 when one failed, 3 without a usable GPU.
+    Raises ``InvalidConfig`` when one of the two folders is not there.
     """
     above = Path(path or ".")
+    for folder, purpose in ((above, "to check in"), (None if json_path is None else json_path.parent, "for the report")):
+        if folder is not None and not folder.is_dir():
+            raise InvalidConfig(f"there is no folder {purpose}", where=folder, action="Make it, or name another one.")
     report: dict[str, Any] = {"machine": probe(str(above)).to_dict(), "gpu": _gpu(), "checks": []}
     if report["gpu"] is None:
         console.print("no usable GPU; nothing was checked. Missing for GPUDirect Storage:")
