@@ -5,8 +5,8 @@ from __future__ import annotations
 import enum
 import random
 import re
-import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -101,28 +101,23 @@ class CheckOptions:
 class Stop:
     """A request to end early, seen at safe boundaries: between reads, never inside one. Any thread (or a signal handler) may ask."""
 
-    def __init__(self, deadline_s: float | None = None, clock_s: Callable[[], float] | None = None) -> None:
-        self._interrupted = threading.Event()
-        self._deadline_s = deadline_s
-        self._clock_s = clock_s
+    def __init__(self) -> None:
+        self.interrupted = False
+        self._deadline_s: float | None = None
 
     def interrupt(self) -> None:
-        """Ask for the end."""
-        self._interrupted.set()
+        """Ask for the end. One plain assignment, so that a signal handler may call it at any moment."""
+        self.interrupted = True
 
-    @property
-    def interrupted(self) -> bool:
-        return self._interrupted.is_set()
-
-    @property
-    def out_of_time(self) -> bool:
-        return self._deadline_s is not None and self._clock_s is not None and self._clock_s() >= self._deadline_s
+    def limit(self, duration_s: float | None) -> None:
+        """Ask for the end this many seconds from now."""
+        self._deadline_s = None if duration_s is None else time.monotonic() + duration_s
 
     def check(self) -> None:
         """Raises ``Stopped`` when the run is to end here."""
         if self.interrupted:
             raise Stopped("interrupted")
-        if self.out_of_time:
+        if self._deadline_s is not None and time.monotonic() >= self._deadline_s:
             raise Stopped("the time was up")
 
 

@@ -153,7 +153,7 @@ _SEGMENTS = (
     Problem(
         "SEG-SEAL-MISMATCH", _D, Repair.RESEAL, _LOSSLESS,
         "{path} at {offset}: the table of contents says {what} {expected}, the record says {actual}",
-        "A record is intact and differs from the row that lists it, or is not listed. Records are right, tables are derived. "
+        "A record is intact and differs from the row that lists it. Records are right, tables are derived. "
         "The repair seals the segment anew from its records.",
     ),
     Problem(

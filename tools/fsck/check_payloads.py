@@ -1,0 +1,191 @@
+"""Pass "payloads": every stripe of a block against its checksum, decoded, and the decoded bytes against those that were put.
+
+The thread that reads hands over stripes in order; threads of a pool check them. The stripes of one block are checked one after the
+other, because its raw checksum is taken over all of them in order; different blocks are checked at the same time.
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from ...format.checksum import xxh3_64
+from ...format.codec import decode_stripe
+from ...format.errors import CorruptRecord, UnsupportedFormat
+from ...format.layout import PAGE_BYTES, Codec
+from ...format.namespace import Namespace, namespace_digest
+from ...format.record import RecordHeader
+from ...format.stripe import StripeEntry, stripe_raw_bytes
+from ...gds.buffers import ByteArray
+from ...gds.threads import WorkerPool
+from .findings import Finding
+from .source import SegmentRef
+from .stream import Piece
+
+BATCH_BYTES = 1 << 20
+"""Stripes are handed to the pool in batches of about this size: handing over costs more than hashing a page."""
+SCRATCH_KEPT_BYTES_MAX = 8 << 20
+
+
+class _Scratch(threading.local):
+    """Memory that stripes are decoded into, one a thread."""
+
+    def __init__(self) -> None:
+        self._memory: ByteArray = np.empty(0, np.uint8)
+
+    def take(self, size_bytes: int) -> ByteArray:
+        if self._memory.size < size_bytes:
+            memory = np.empty(size_bytes, np.uint8)
+            if size_bytes > SCRATCH_KEPT_BYTES_MAX:
+                return memory
+            self._memory = memory
+        return self._memory[:size_bytes]
+
+
+_scratch = _Scratch()
+
+
+@dataclass(slots=True)
+class Stripe:
+    """One stripe as it was read, with the padding behind it."""
+
+    index: int
+    offset: int
+    """In the payload."""
+    piece: Piece
+
+
+class BlockCheck:
+    """The payload of one block, fed in order. ``done`` is called once, on a thread of the pool, with what was found."""
+
+    def __init__(self, header: RecordHeader, ref: SegmentRef, pool: WorkerPool, done: Callable[[BlockCheck], None]) -> None:
+        self.header = header
+        self.findings: list[Finding] = []
+        self.readable = True
+        self.failure: Exception | None = None
+        """What kept the check itself from going on; whoever collects it raises it."""
+        self.zeros = False
+        """A page of zeros lies in a stripe that fails: a hole, where the block is a deleted one."""
+        self._ref = ref
+        self._pool = pool
+        self._done = done
+        self._entries: list[StripeEntry] = header.stripes.tolist()
+        self._raw: Any = xxhash.xxh3_64()
+        self._padding = 0
+        self._checked = 0
+        self._lock = threading.Lock()
+        self._waiting: collections.deque[Sequence[Stripe]] = collections.deque()
+        self._running = False
+
+    def feed(self, stripes: Sequence[Stripe]) -> None:
+        """The next stripes, in order; their pieces are dropped when they were checked."""
+        with self._lock:
+            self._waiting.append(stripes)
+            if self._running:
+                return
+            self._running = True
+        self._pool.submit(self._drain)
+
+    def _drain(self) -> None:
+        try:
+            self._check_waiting()
+        except Exception as error:
+            self.failure = error
+            self._done(self)
+
+    def _check_waiting(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._running = False
+                    return
+                stripes = self._waiting.popleft()
+            for stripe in stripes:
+                try:
+                    self._check(stripe)
+                finally:
+                    stripe.piece.drop()
+            if self._checked == len(self._entries):
+                self._finish()
+
+    def _check(self, stripe: Stripe) -> None:
+        self._checked += 1
+        piece, entry = stripe.piece, self._entries[stripe.index]
+        if not piece.readable:
+            self.readable = False
+            return
+        stored, padding = piece.data[: entry[0]], piece.data[entry[0] :]
+        self._padding += int(np.count_nonzero(padding))
+        if self.findings:  # one finding a block is enough; the padding is still looked at
+            return
+        header = self.header
+        raw_bytes = stripe_raw_bytes(header.raw_length, header.stripe_bytes, stripe.index)
+        try:
+            self._raw.update(_decoded(stored, entry, raw_bytes, header.element_size))
+        except CorruptRecord as error:
+            name = "PAY-CRC" if error.check == "stripe-checksum" else "PAY-DECODE"
+            self.zeros = holds_a_hole(stored, header.offset + PAGE_BYTES + stripe.offset)
+            self._add(name, stripe=stripe.index, error=str(error))
+
+    def _finish(self) -> None:
+        header = self.header
+        if self.readable and not self.findings and self._raw.intdigest() != header.raw_checksum:
+            error = CorruptRecord("raw-checksum", expected=f"{header.raw_checksum:016x}", actual=f"{self._raw.intdigest():016x}")
+            self._add("PAY-RAW", error=str(error))
+        if self._padding:
+            self._add("PAY-PAD", count=self._padding)
+        self._done(self)
+
+    def _add(self, problem_id: str, **facts: Any) -> None:
+        header = self.header
+        named = {"key": header.key.hex(), "namespace": header.namespace.hex()} | facts
+        place = (self._ref.name, header.segment_id, header.offset, header.record_bytes)
+        self.findings.append(Finding(problem_id, *place, ident=header.namespace + header.key, facts=named))
+
+
+def _decoded(stored: ByteArray, entry: StripeEntry, raw_bytes: int, element_size: int) -> ByteArray:
+    """The raw bytes of a stripe. A raw stripe is not copied. Raises ``CorruptRecord``."""
+    if entry[2] == Codec.RAW:
+        actual = xxh3_64(stored)
+        if actual != entry[5] or stored.size != raw_bytes:
+            raise CorruptRecord("stripe-checksum", expected=f"{entry[5]:016x}", actual=f"{actual:016x}")
+        return stored
+    raw = _scratch.take(raw_bytes)
+    decode_stripe(stored, entry, raw, element_size)
+    return raw
+
+
+def holds_a_hole(data: ByteArray, offset: int) -> bool:
+    """Whether bytes that lie at an offset of the file hold a page of zeros, or are nothing but zeros: what a punched hole leaves."""
+    lead = -offset % PAGE_BYTES
+    pages = data[lead : lead + (data.size - lead) // PAGE_BYTES * PAGE_BYTES] if data.size > lead else data[:0]
+    return not data.any() or (pages.size > 0 and not pages.reshape(-1, PAGE_BYTES).any(axis=1).all())
+
+
+def check_descriptor(header: RecordHeader, payload: ByteArray, ref: SegmentRef) -> list[Finding]:
+    """A namespace record: its stripe, its JSON, its digest, its padding."""
+    stored = payload[: header.stored_length]
+    found: list[Finding] = []
+    place = (ref.name, header.segment_id, header.offset, header.record_bytes)
+    try:
+        actual, expected = xxh3_64(stored), int(header.stripes["checksum"][0])
+        if actual != expected or stored.size != header.raw_length or actual != header.raw_checksum:
+            raise CorruptRecord("stripe-checksum", expected=f"{expected:016x}", actual=f"{actual:016x}")
+        digest = namespace_digest(stored.tobytes())
+        if digest != header.namespace:
+            raise CorruptRecord("namespace-digest", expected=header.namespace.hex(), actual=digest.hex())
+        Namespace.parse(stored.tobytes(), where=ref.name)
+    except UnsupportedFormat:
+        pass  # whole, and of a newer version: its digest is right
+    except CorruptRecord as error:
+        found.append(Finding("REC-NS-DAMAGED", *place, facts={"namespace": header.namespace.hex(), "error": str(error)}))
+    padding = int(np.count_nonzero(payload[header.stored_length :]))
+    if padding:
+        found.append(Finding("PAY-PAD", *place, facts={"count": padding}))
+    return found
