@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from ..format.errors import DeviceError, FormatError, StoreClosed
 from ..format.keys import key_digest
-from ..format.layout import QUARANTINE_FOLDER
+from ..format.layout import PAGE_BYTES, QUARANTINE_FOLDER
 from ..format.superblock import Superblock
 from ..gds.buffers import SlotPool, aligned_array
 from ..gds.device import Device, DeviceLock
@@ -27,6 +27,7 @@ from .catalog import Catalog
 from .commit import CommitThread
 from .config import MIB, Clock, StoreConfig
 from .contract import BlockInfo, Refusal, Status
+from .delivery import ReadRequest
 from .encoder import Encoder
 from .eviction import Evictor
 from .health import Health
@@ -38,7 +39,7 @@ from .lookups import LookupCache
 from .namespaces import NamespaceTable
 from .pins import PinTable
 from .policy import HitThreshold
-from .reader import EXTENT_BYTES_MAX, Reader, ReadRequest
+from .reader import EXTENT_BYTES_MAX, Reader
 from .reclaim import Keeper
 from .recovery import Recovered
 from .reinsertion import load_header
@@ -99,7 +100,7 @@ class Core:
             serve_clean=self.config.serve_clean,
             next_sequence=self.sequence,
         )
-        self.pins = PinTable(self.config.capacity_bytes, self._stored_bytes)
+        self.pins = PinTable(self.budget.for_segments(0, 0), self._record_bytes)
         self._encode_pool = WorkerPool("kvlode-encode", self.config.encode_threads)
         self._decode_pool = WorkerPool("kvlode-decode", self.config.encode_threads)
         self._job_pool = WorkerPool("kvlode-job", JOB_THREADS)
@@ -203,8 +204,8 @@ class Core:
             self._catch_up()
         return self.catalog.find(idents)
 
-    def _stored_bytes(self, idents: Sequence[bytes]) -> list[int]:
-        return [0 if entry is None else entry.stored_length for entry in self.find(idents)]
+    def _record_bytes(self, idents: Sequence[bytes]) -> list[int]:
+        return [0 if entry is None else entry.record_pages * PAGE_BYTES for entry in self.find(idents)]
 
     def _followers_present(self) -> bool:
         lock = self.device.lock(f"{self.path}/{FOLLOWERS_NAME}")

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from .blocks import BlockView, cut_spans
 from .contract import Status
+from .delivery import ReadRequest
 from .index_entry import IndexEntry
 from .jobs import ReadJob
-from .reader import ReadRequest
 
 if TYPE_CHECKING:
     from .core import Core

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import os
 import queue
 import threading
@@ -19,6 +20,8 @@ from concurrent.futures import Future
 from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
 
 from ..format.errors import StoreClosed
+
+logger = logging.getLogger("kvlode")
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -38,6 +41,9 @@ class _Task(Generic[T]):
         self.kwargs = kwargs
         self.future: Future[T] = Future()
 
+    def cancel(self) -> None:
+        self.future.cancel()
+
     def run(self) -> None:
         future = self.future
         if not future.set_running_or_notify_cancel():
@@ -53,7 +59,27 @@ class _Task(Generic[T]):
             del self.function, self.args, self.kwargs, future
 
 
-_Tasks: TypeAlias = "queue.SimpleQueue[_Task[Any] | None]"
+class _Call:
+    """One call that nobody waits for."""
+
+    __slots__ = ("function", "args", "kwargs")
+
+    def __init__(self, function: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.function = function
+        self.args = args
+        self.kwargs = kwargs
+
+    def run(self) -> None:
+        try:
+            self.function(*self.args, **self.kwargs)
+        except Exception:
+            logger.exception("a call that nobody waits for failed")
+
+    def cancel(self) -> None:
+        """Nobody has to hear of it."""
+
+
+_Tasks: TypeAlias = "queue.SimpleQueue[_Task[Any] | _Call | None]"
 
 
 def _work(tasks: _Tasks) -> None:
@@ -98,14 +124,24 @@ class WorkerPool:
         task = _Task(function, args, kwargs)
         future = task.future
         with self._lock:  # not after the stop marks of shutdown: it would never run
-            if self._closed:
-                raise StoreClosed(
-                    f"the threads of {self.name} are stopped",
-                    expected="an open pool, in the process that made it",
-                    actual="a forked child" if os.getpid() != self._pid else "a pool that was shut down",
-                )
+            self._check_open()
             self._tasks.put(task)
         return future
+
+    def run(self, function: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs) -> None:
+        """``submit`` for calls whose outcome nobody waits for: no future is made. An error is logged."""
+        call = _Call(function, args, kwargs)
+        with self._lock:
+            self._check_open()
+            self._tasks.put(call)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StoreClosed(
+                f"the threads of {self.name} are stopped",
+                expected="an open pool, in the process that made it",
+                actual="a forked child" if os.getpid() != self._pid else "a pool that was shut down",
+            )
 
     def shutdown(self, timeout_s: float | None = None) -> bool:
         """Refuse new work, finish what was submitted, stop the threads; ``True`` when they ended in time.
@@ -137,7 +173,7 @@ class WorkerPool:
                 if task is None:
                     stop_marks += 1
                 else:
-                    task.future.cancel()
+                    task.cancel()
         _stop(self._tasks, stop_marks)
 
     def _forget_after_fork(self) -> None:

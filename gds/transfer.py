@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from ..format.errors import DeviceError, device_error
+from ..format.layout import round_up_pages
 from .device import HostBuffer, IoCounter, IoPath
 from .monitor import Monitor
 
@@ -57,11 +58,14 @@ def is_aligned(offset: int, views: Sequence[ByteView], memory_bytes: int, offset
 
 
 def split(offset: int, views: Sequence[ByteView], chunk_bytes: int, views_max: int) -> Iterator[Chunk]:
-    """Cut a request into chunks of at most ``chunk_bytes`` and ``views_max`` pieces, in order.
+    """Cut a request into chunks of about ``chunk_bytes`` (an eighth and a page more at most) and ``views_max`` pieces, in order.
 
-    All cuts but the ends of buffers fall on multiples of ``chunk_bytes`` from the start of a chunk, so aligned
-    requests stay aligned.
+    A request that is only a little longer than some chunks is cut into longer ones: a transfer of one page costs as much work as
+    one of megabytes. All cuts but the ends of buffers fall on pages from the start of a chunk, so aligned requests stay aligned.
     """
+    total = sum(view.nbytes for view in views)
+    count = max(1, -(-(total - chunk_bytes // 8) // chunk_bytes))
+    chunk_bytes = round_up_pages(-(-total // count))
     start, length, gathered = offset, 0, list[ByteView]()
     for view in views:
         taken = 0

@@ -1,0 +1,167 @@
+"""What is done with a record once it was read: check and decode its stripes straight into the destination, in groups that may run
+in parallel. Runs on the decode pool; the work per byte is done outside the interpreter lock, the work per stripe is kept small.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..format.checksum import xxh3_64
+from ..format.codec import decode_stripe
+from ..format.errors import CorruptRecord, FormatError
+from ..format.layout import PAGE_BYTES, Codec
+from ..format.record import RecordHeader
+from ..format.stripe import StripeEntry, stripe_offsets
+from ..gds.buffers import aligned_array
+from .arena import Bytes
+from .blocks import BlockView
+from .index_entry import IndexEntry
+from .jobs import ReadJob
+
+STRIPES_PER_TASK = 8
+
+
+@dataclass(slots=True)
+class ReadRequest:
+    """One block to read: where it is and where it goes."""
+
+    position: int
+    namespace: bytes
+    key: bytes
+    out: BlockView
+    entry: IndexEntry
+    direct: bool = False
+    """The payload is read straight into the destination."""
+    stripes_per_task: int = STRIPES_PER_TASK
+    page: Bytes | None = None
+    payload: Bytes | None = None
+    """Bounce memory: the stored payload, or (direct) only what is behind the last whole page of the destination."""
+
+    @property
+    def record_bytes(self) -> int:
+        return self.entry.record_pages * PAGE_BYTES
+
+
+class Delivery:
+    """One record on its way to its destination. ``finish`` is called once, with what went wrong and whether the bytes were checked.
+
+    Make each of ``groups`` the argument of one ``run``, on any thread. There is at least one.
+    """
+
+    def __init__(
+        self, job: ReadJob, request: ReadRequest, header: RecordHeader, stream: Any, finish: Callable[[FormatError | None, bool], None]
+    ) -> None:
+        self._job = job
+        self._request = request
+        self._header = header
+        self._stream = stream
+        self._finish = finish
+        self._stripes: list[StripeEntry] = header.stripes.tolist()
+        self._offsets: list[int] = stripe_offsets(header.stripes).tolist()
+        self._lock = threading.Lock()
+        self._error: FormatError | None = None
+        self._verified = True
+        self._host = request.out
+        if request.out.is_device and not request.direct:
+            self._landing = aligned_array(request.out.nbytes)
+            self._host = BlockView.of_host(self._landing)
+        count, size = len(self._stripes), request.stripes_per_task
+        self.groups = [range(i, min(i + size, count)) for i in range(0, count, size)] or [range(0)]
+        self._remaining = len(self.groups)
+
+    def run(self, group: range) -> None:
+        """Check and decode these stripes; the last group also concludes the delivery."""
+        error: FormatError | None = None
+        try:
+            with self._job.delivering() as allowed:
+                if allowed and self._error is None:
+                    self._deliver(group)
+        except FormatError as damage:
+            error = damage
+        except Exception as defect:  # never leave a job without an answer
+            error = CorruptRecord("undecodable", where=self._where(), actual=repr(defect))
+        with self._lock:
+            self._error = self._error or error
+            self._remaining -= 1
+            last = self._remaining == 0
+        if last:
+            self._conclude()
+
+    def _where(self) -> str:
+        return f"segment {self._header.segment_id:016x} offset {self._header.offset}"
+
+    def _deliver(self, group: range) -> None:
+        header, request = self._header, self._request
+        for index in group:
+            start = index * header.stripe_bytes
+            stop = min(start + header.stripe_bytes, header.raw_length)
+            if request.direct:
+                self._check_in_place(self._stripes[index], start, stop)
+            else:
+                self._decode(index, start, stop)
+
+    def _decode(self, index: int, start: int, stop: int) -> None:
+        stripe, offset = self._stripes[index], self._offsets[index]
+        assert self._request.payload is not None
+        stored = self._request.payload[offset : offset + stripe[0]]
+        targets = self._host.slice(start, stop)
+        if len(targets) == 1:
+            decode_stripe(stored, stripe, targets[0], self._header.element_size)
+            return
+        whole = np.empty(stop - start, dtype=np.uint8)
+        decode_stripe(stored, stripe, whole, self._header.element_size)
+        position = 0
+        for target in targets:
+            target[:] = whole[position : position + target.size]
+            position += target.size
+
+    def _check_in_place(self, stripe: StripeEntry, start: int, stop: int) -> None:
+        """A stripe that was read straight into the destination; its tail behind the last whole page still lies in the bounce memory."""
+        request = self._request
+        whole = whole_pages(request.out.nbytes)
+        assert request.payload is not None
+        if stop > whole:
+            tail = request.payload[: stop - whole]
+            if request.out.is_device:
+                BlockView((request.out.spans[0][whole:stop],), stop - whole, True).copy_from_host([tail], self._stream)
+            else:
+                request.out.spans[0][whole:stop] = tail
+        if request.out.is_device:  # no device-side checksum yet: reported as unverified
+            self._verified = False
+            return
+        actual, expected = xxh3_64(request.out.spans[0][start:stop]), stripe[5]
+        if actual != expected:
+            raise CorruptRecord("stripe-checksum", where=self._where(), expected=f"{expected:016x}", actual=f"{actual:016x}")
+
+    def _conclude(self) -> None:
+        try:
+            if self._error is None and self._header.codec is not Codec.RAW:
+                self._check_raw_bytes()
+            if self._error is None and self._host is not self._request.out:
+                with self._job.delivering() as allowed:
+                    if allowed:
+                        self._request.out.copy_from_host([self._landing], self._stream)
+        except FormatError as damage:
+            self._error = damage
+        except Exception as defect:
+            self._error = CorruptRecord("undeliverable", where=self._where(), actual=repr(defect))
+        self._finish(self._error, self._verified)
+
+    def _check_raw_bytes(self) -> None:
+        """What was decoded must be what was put: closes the gap between the host's memory and the encoder."""
+        with self._job.delivering() as allowed:
+            if not allowed:
+                return
+            actual = xxh3_64(*self._host.slice(0, self._header.raw_length))
+        if actual != self._header.raw_checksum:
+            raise CorruptRecord("raw-checksum", where=self._where(), expected=f"{self._header.raw_checksum:016x}", actual=f"{actual:016x}")
+
+
+def whole_pages(size_bytes: int) -> int:
+    """The part of a block that whole pages hold."""
+    return size_bytes - size_bytes % PAGE_BYTES
