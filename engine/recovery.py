@@ -304,6 +304,7 @@ class _TailScan:
         area = aligned_array(len(packed))
         area[: len(packed)] = np.frombuffer(packed, dtype=np.uint8)
         file.write(scan.data_end, [area[: len(packed)]]).result()
+        file.sync()  # a file is cut to its seal only when the seal is durable: so one that was cut and has none is damaged, not torn
         file.truncate(scan.data_end + len(packed))
         file.sync()
         return scan.data_end + len(packed)
