@@ -6,6 +6,7 @@ it shows is one moment: the index as it was when the view was opened.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -116,6 +117,8 @@ class RocksSource:
 
         index, count = rebuild_index(self._device, self.path, self._fresh)
         index.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(self.path, REBUILD_MARKER))
         return count
 
     def _fresh(self) -> Index:
