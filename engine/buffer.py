@@ -165,8 +165,11 @@ class Buffer:
         """Queue a copy of a stored record (``entry.reinsertion``). It keeps its ``version_seq``, has no ticket and goes first:
         reclaim waits for it while the writer needs the room that reclaim makes."""
         with self.lock:
-            self.reinsertions.append(entry)
-            self.changed.notify_all()
+            if not self._closed:
+                self.reinsertions.append(entry)
+                self.changed.notify_all()
+                return
+        self.settle([entry], refused(Refusal.STORE_FAILED))  # the writer is gone: reclaim must not wait for it
 
     def _check_open(self) -> None:
         if self._closed:

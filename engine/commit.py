@@ -18,7 +18,7 @@ from .catalog import Catalog, Checkpoint
 from .contract import PutStatus, Refusal
 from .entry import Entry, Kind
 from .health import Health
-from .index import IndexWriteError
+from .index import IndexDamaged, IndexWriteError
 from .index_entry import IndexEntry
 from .jobs import DURABLE, refused
 from .segment_writer import Dropped, LogBatch, SealWrite
@@ -225,7 +225,12 @@ class CommitThread:
         return True
 
     def _purge_slice(self, namespace: bytes, floor_seq: int, start: bytes | None) -> None:
-        resume = self._catalog.purge(namespace, floor_seq, start, PURGE_ENTRIES)
+        try:
+            resume = self._catalog.purge(namespace, floor_seq, start, PURGE_ENTRIES)
+        except IndexDamaged as error:  # the floor stays and hides the namespace; the index that the next open derives replays the drop
+            self._counters.add("purges_given_up")
+            logger.error("the entries of a dropped namespace cannot be removed now: %s", error)
+            return
         if resume is not None:
             self._items.put(lambda: self._purge_slice(namespace, floor_seq, resume))
         else:

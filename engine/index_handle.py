@@ -19,7 +19,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -83,8 +83,9 @@ def leak(handle: object) -> None:
 class Scan:
     """Entries of one moment, fetched in chunks; see ``Index.scan``. For one thread at a time."""
 
-    def __init__(self, gate: ReadGate, rows: RdictIter, prefix: bytes, where: str) -> None:
+    def __init__(self, gate: ReadGate, rows: RdictIter, prefix: bytes, where: str, on_damage: Callable[[], None]) -> None:
         self._gate = gate
+        self._on_damage = on_damage
         self._rows: RdictIter | None = rows
         self._prefix = prefix
         self._where = where
@@ -130,6 +131,7 @@ class Scan:
         try:
             rows.status()
         except Exception as error:
+            self._on_damage()
             raise IndexDamaged(
                 "index scan stopped by damage", where=self._where, actual=str(error), action="Rebuild the index from the segments."
             ) from error
@@ -188,8 +190,7 @@ class RocksReader:
         try:
             value: bytes | None = handle.get(key)
         except Exception as error:
-            with self._count_lock:
-                self._damaged += 1
+            self._count_damage()
             logger.warning("key %s of %s cannot be read: %s", key.hex(), self.path, error)
             return None
         return value
@@ -201,13 +202,17 @@ class RocksReader:
         with self._gate:
             rows = self._opened().iter(options)
             rows.seek(prefix if start is None else max(prefix, start))
-            scan = Scan(self._gate, rows, prefix, self.path)
+            scan = Scan(self._gate, rows, prefix, self.path, self._count_damage)
             self._scans.add(scan)
         return scan
 
     def damaged(self) -> int:
-        """Lookups of single keys that failed since open."""
+        """Lookups of single keys, and scans, that failed since open."""
         return self._damaged
+
+    def _count_damage(self) -> None:
+        with self._count_lock:
+            self._damaged += 1
 
     def size_bytes(self) -> int:
         """Disk space allocated to the files of the index now, logs included."""

@@ -7,23 +7,23 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 
 PINNED_SHARE_MAX = 0.5
-"""Pinned blocks are carried forward at reclaim, so they may take at most half of the store."""
+"""Pinned blocks are carried forward at reclaim, so they may take at most half of the room for segments."""
 
 
 class PinTable:
     """Counts of leases by block. Thread-safe."""
 
-    def __init__(self, capacity_bytes: int, size_of: Callable[[Sequence[bytes]], Sequence[int]]) -> None:
+    def __init__(self, room_bytes: int, size_of: Callable[[Sequence[bytes]], Sequence[int]]) -> None:
         self._lock = threading.Lock()
         self._leases: dict[bytes, int] = {}
         self._sizes: dict[bytes, int] = {}
-        self._room_bytes = int(capacity_bytes * PINNED_SHARE_MAX)
+        self._room_bytes = int(room_bytes * PINNED_SHARE_MAX)
         self._size_of = size_of
 
     def hold(self, idents: Sequence[bytes], held: dict[bytes, None]) -> None:
         """Lease blocks, once each, and note them in ``held``, also when an interrupt ends this early.
 
-        What would exceed the share (counted in stored bytes) is left out.
+        What would exceed the share (counted in whole records) is left out.
         """
         wanted = list(dict.fromkeys(idents))
         sizes = self._size_of(wanted)

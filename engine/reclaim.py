@@ -215,8 +215,11 @@ class Keeper:
         return max(segment_bytes_for(self._config, self.budget, self._block_bytes_max), self._bytes_wanted)
 
     def _room_bytes(self) -> int:
+        """Room for one more segment, after the index has taken in what the open one and that one will hold."""
         allowance = self.budget.for_segments(self._catalog.index.size_bytes(), self._quarantine_bytes())
-        return allowance - self.used_bytes()
+        filling_bytes = sum(segment.size_bytes for segment in self._segments.all() if not segment.sealed)
+        growth_bytes = self.budget.index_growth_bytes(filling_bytes + (self._spare_bytes or self._needed_bytes()))
+        return allowance - growth_bytes - self.used_bytes()
 
     def _coming_bytes(self) -> int:
         """Room now and after the files of freed segments are gone."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -227,6 +228,19 @@ def test_a_block_that_reclaim_gave_up_is_stored_anew_although_a_copy_was_in_memo
     scene.rig.crash(1)
     scene.assert_holds(b"k", 1)
     scene.rig.close()
+
+
+def test_a_store_closed_while_a_block_is_copied_forward_ends_at_once() -> None:
+    scene = Scene(late)
+    scene.put(b"k", 1)
+    scene.stop_reclaim_at_payload_of(b"k")
+    ended: list[bool] = []
+    closing = threading.Thread(target=lambda: ended.append(scene.rig.store.close(20.0)))
+    closing.start()
+    assert eventually(lambda: scene.rig.store._core.buffer._closed)
+    scene.go_on()
+    closing.join(30.0)
+    assert ended == [True], "the copy waited for a writer that was gone"
 
 
 # --- blocks that the index does not know ----------------------------------------------------------------------------
