@@ -115,6 +115,25 @@ class HeatTable:
         finally:
             os.close(descriptor)
 
+    @classmethod
+    def view(cls, path: str | os.PathLike[str], store_uuid: bytes) -> HeatTable | None:
+        """The table in a file, to look at alone: nothing is made or changed, and methods that count raise an error.
+
+        ``None`` when there is no usable file. Raises ``OSError`` when it may not be read.
+        """
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            found = _slots_of_header(os.pread(descriptor, PAGE_BYTES, 0), store_uuid)
+            size_bytes = os.fstat(descriptor).st_size
+            if found is None or size_bytes != heat_bytes(found):
+                return None
+            return cls(found, mmap.mmap(descriptor, size_bytes, prot=mmap.PROT_READ))
+        finally:
+            os.close(descriptor)
+
     # --- places -----------------------------------------------------------------------------------------------------
 
     def slot(self, namespace_digest: bytes, key_digest: bytes) -> int:

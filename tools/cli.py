@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from enum import StrEnum
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from ..format.errors import FormatError, InvalidConfig, KvlodeError, PathUnavailable
+from ..format.errors import CorruptRecord, InvalidBlock, InvalidConfig, InvalidKey, KvlodeError, PathUnavailable, UnsupportedFormat
+from .exit_codes import EXIT_DAMAGE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE
+from .fsck_cli import FsckCommand, fsck
+from .inspect.command import app as inspect_app
 
-EXIT_USAGE = 2
-"""The request cannot work: a wrong path, a folder that is no store, an option out of its range."""
-EXIT_FAILED = 8
-"""The request was right and failed: locked, out of space, an I/O error."""
-EXIT_INTERRUPTED = 130
+_CommandLineError: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+"""What the parser raises for a command line it cannot take. Its home differs between versions of typer."""
+
+_PARSER_INTERRUPTED = 130
+"""The exit code that the parser makes of an interrupt."""
 
 app = typer.Typer(
     name="kvlode",
@@ -25,6 +30,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(inspect_app, name="inspect")
+app.command(cls=FsckCommand)(fsck)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line.")]
 StorePath = Annotated[Path, typer.Argument(help="The store's folder.", show_default=False)]
@@ -60,20 +68,6 @@ def stat(path: StorePath, as_json: AsJson = False) -> None:
     from .stat import show_stat
 
     raise typer.Exit(show_stat(path, as_json=as_json))
-
-
-@app.command()
-def inspect(
-    path: Annotated[Path, typer.Argument(help="The store's folder, or one segment file.", show_default=False)],
-    segment: Annotated[str | None, typer.Option(help="Show this segment (id in hex, or its file name).", show_default=False)] = None,
-    record: Annotated[int | None, typer.Option(help="Show the record at this offset, with its bytes.", show_default=False)] = None,
-    limit: Annotated[int, typer.Option(help="Rows to show at most.", min=1)] = 200,
-    as_json: AsJson = False,
-) -> None:
-    """Look into a store: its segments, one segment, one record. Only reads; needs neither the engine nor its index."""
-    from .inspect import inspect as run
-
-    raise typer.Exit(run(path, segment=segment, record=record, limit=limit, as_json=as_json))
 
 
 @app.command()
@@ -127,12 +121,41 @@ def version(as_json: AsJson = False) -> None:
 
 
 def main() -> None:
-    """Entry point: errors of kvlode become one line on standard error and an exit code."""
+    """Entry point: whatever goes wrong becomes one line on standard error and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what the terminal's encoding lacks is shown as a question mark
     try:
-        app(standalone_mode=True)
-    except KvlodeError as error:
-        print(f"kvlode: {error}", file=sys.stderr)
-        usage = isinstance(error, InvalidConfig | PathUnavailable | FormatError)
-        sys.exit(EXIT_USAGE if usage else EXIT_FAILED)
-    except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
+        code = _run()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of the output has gone (``| head``). Nobody wants to read of it, and the interpreter shall not try to flush again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_FAILED
+    sys.exit(code)
+
+
+def _run() -> int:
+    try:
+        code = int(app(standalone_mode=False) or 0)
+        return _complain("interrupted", EXIT_INTERRUPTED) if code == _PARSER_INTERRUPTED else code
+    except BrokenPipeError:
+        raise
+    except _CommandLineError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error)
+            return EXIT_USAGE
+        return _complain(f"{' '.join(str(error).split()).rstrip('.')}. See --help.", EXIT_USAGE)
+    except (typer.Abort, KeyboardInterrupt):
+        return _complain("interrupted", EXIT_INTERRUPTED)
+    except CorruptRecord as error:
+        return _complain(error, EXIT_DAMAGE)
+    except (InvalidConfig, InvalidKey, InvalidBlock, PathUnavailable, UnsupportedFormat) as error:
+        return _complain(error, EXIT_USAGE)
+    except (KvlodeError, OSError) as error:
+        return _complain(error, EXIT_FAILED)
+
+
+def _complain(error: object, code: int) -> int:
+    print(f"kvlode: {error}", file=sys.stderr)
+    return code

@@ -7,13 +7,14 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
+import numpy as np
 
 from ..format.errors import KvlodeError
 from ..format.layout import FORMAT_VERSION, RecordType, segment_name
-from .output import bytes_text, print_json, time_text
-from .store_files import SegmentView, StoreFiles, type_name
+from .exit_codes import EXIT_DAMAGE, EXIT_FINE
+from .output import bytes_text, make_console, make_table, print_facts, print_json, print_problems, print_table, printable, time_text
+from .segment_view import SegmentView, type_name
+from .store_files import StoreFiles
 
 
 @dataclass(slots=True)
@@ -35,8 +36,8 @@ class StoreStat:
     path: str
     store_uuid: str
     format_version: int
-    read_version: int
-    created_at_ns: int
+    read_version: int | None
+    created_at_ns: int | None
     segments: int = 0
     segments_sealed: int = 0
     segment_bytes: int = 0
@@ -56,7 +57,8 @@ def stat_store(path: Path) -> StoreStat:
     """Read the superblock, the seals and the unsealed segments. Raises ``KvlodeError`` when this is no store."""
     with StoreFiles(path) as files:
         block = files.superblock
-        stat = StoreStat(str(path), block.store_uuid.hex(), FORMAT_VERSION, block.read_version, block.created_at_ns)
+        version, created_at_ns = (None, None) if block is None else (block.read_version, block.created_at_ns)
+        stat = StoreStat(str(path), files.store_uuid.hex(), FORMAT_VERSION, version, created_at_ns, problems=list(files.problems))
         namespaces: dict[bytes, NamespaceStat] = {}
         types: Counter[str] = Counter()
         for segment in files.segments():
@@ -78,25 +80,26 @@ def _add_segment(
     stat.segments_sealed += segment.sealed
     stat.segment_bytes += segment.allocated_bytes
     stat.problems += segment.problems
-    for row in segment.rows:
-        types[type_name(row.record_type)] += 1
-        if row.record_type == RecordType.SEAL:
-            continue
-        namespace = namespaces.setdefault(row.namespace, NamespaceStat(row.namespace.hex()))
-        if row.record_type == RecordType.NAMESPACE and not namespace.model:
+    table = segment.table
+    digests = table.namespace.tolist()
+    for row, kind in enumerate(table.type.tolist()):
+        types[type_name(kind)] += 1
+        namespace = namespaces.setdefault(digests[row], NamespaceStat(digests[row].hex()))
+        if kind == RecordType.NAMESPACE and not namespace.model:
             try:
-                descriptor = files.namespace(segment.segment_id, row)
+                descriptor = files.namespace(segment.segment_id, table, row)
             except (KvlodeError, OSError) as error:
                 stat.problems.append(f"{segment_name(segment.segment_id)}: {error}")
                 continue
             namespace.model, namespace.dtype = descriptor.model, descriptor.dtype
-        elif row.record_type == RecordType.BLOCK:
+        elif kind == RecordType.BLOCK:
             namespace.records += 1
-            namespace.raw_bytes += row.raw_length
-            namespace.stored_bytes += row.stored_length
-            times = [time for time in (stat.oldest_written_at_ns, row.written_at_ns) if time is not None]
-            stat.oldest_written_at_ns = min(times)
-            stat.newest_written_at_ns = max(stat.newest_written_at_ns or 0, row.written_at_ns)
+            namespace.raw_bytes += int(table.raw_length[row])
+            namespace.stored_bytes += int(table.stored_length[row])
+    written = table.written_at_ns[np.flatnonzero(table.type == RecordType.BLOCK)].tolist()
+    if written:
+        stat.oldest_written_at_ns = min([*written, *([stat.oldest_written_at_ns] if stat.oldest_written_at_ns else [])])
+        stat.newest_written_at_ns = max(*written, stat.newest_written_at_ns or 0)
 
 
 def _allocated(folder: Path) -> int:
@@ -112,21 +115,22 @@ def _allocated(folder: Path) -> int:
 
 
 def show_stat(path: Path, *, as_json: bool) -> int:
-    """Print it; the exit code is 1 when something is damaged."""
+    """Print it; the exit code tells of damage."""
     stat = stat_store(path)
     if as_json:
         print_json(asdict(stat))
     else:
         _print(stat)
-    return 1 if stat.problems else 0
+    return EXIT_DAMAGE if stat.problems else EXIT_FINE
 
 
 def _print(stat: StoreStat) -> None:
-    console = Console()
-    facts = Table(show_header=False, title=f"store {stat.path}", title_justify="left")
-    for name, value in (
+    console = make_console()
+    version = "unknown" if stat.read_version is None else f"{stat.read_version} (this kvlode reads up to {stat.format_version})"
+    facts = [
+        ("store", stat.path),
         ("uuid", stat.store_uuid),
-        ("format version", f"{stat.read_version} (this kvlode reads up to {stat.format_version})"),
+        ("format version", version),
         ("created", time_text(stat.created_at_ns)),
         ("segments", f"{stat.segments}, {stat.segments_sealed} sealed, {bytes_text(stat.segment_bytes)}"),
         ("index", bytes_text(stat.index_bytes)),
@@ -136,14 +140,12 @@ def _print(stat: StoreStat) -> None:
         ("compression ratio", f"{stat.compression_ratio:.3f}" if stat.compression_ratio else "-"),
         ("written from", time_text(stat.oldest_written_at_ns)),
         ("written to", time_text(stat.newest_written_at_ns)),
-    ):
-        facts.add_row(name, value)
-    console.print(facts)
-    table = Table("namespace", "model", "dtype", "blocks", "raw", "stored")
+    ]
+    print_facts(console, facts)
+    console.print()
+    table = make_table("namespace", "model", "dtype", "blocks", "raw", "stored", right=("blocks", "raw", "stored"))
     for space in stat.namespaces:
-        table.add_row(
-            space.digest[:12], space.model, space.dtype, f"{space.records:,}", bytes_text(space.raw_bytes), bytes_text(space.stored_bytes)
-        )
-    console.print(table)
-    for problem in stat.problems:
-        console.print(f"[red]damaged:[/] {problem}", highlight=False)
+        sizes = (f"{space.records:,}", bytes_text(space.raw_bytes), bytes_text(space.stored_bytes))
+        table.add_row(space.digest[:12], printable(space.model), space.dtype, *sizes)
+    print_table(console, table)
+    print_problems(console, stat.problems)

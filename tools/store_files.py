@@ -4,75 +4,45 @@ into without its engine and without RocksDB, beside a running writer, and when p
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-from ..format.errors import FormatError, PathUnavailable
-from ..format.layout import PAGE_BYTES, SEGMENTS_FOLDER, SUPERBLOCK_NAME, RecordType, parse_segment_name, segment_name
+from ..format.errors import DeviceError, FormatError, PathUnavailable, UnsupportedFormat
+from ..format.layout import PAGE_BYTES, SEGMENTS_FOLDER, SUPERBLOCK_NAME, parse_segment_name, segment_name
 from ..format.namespace import Namespace
-from ..format.record import RecordHeader
+from ..format.record import RECORD_TABLE, RecordHeader
 from ..format.seal import SealTable
 from ..format.segment import SegmentHeader
 from ..format.superblock import Superblock
-from ..format.walk import Read, find_seal, scan_unsealed
-from ..gds.buffers import aligned_array
 from ..gds.posix import PosixDevice
+from .segment_reader import SegmentReader, data_ranges
+from .segment_view import SegmentView, read_segment
 
-
-@dataclass(frozen=True, slots=True)
-class RecordRow:
-    """What a list of records shows of each; from the seal or from the records themselves."""
-
-    offset: int
-    record_type: int
-    key: bytes
-    namespace: bytes
-    raw_length: int
-    stored_length: int
-    record_pages: int
-    version_seq: int
-    record_seq: int
-    written_at_ns: int
-    expires_at_ns: int
-    codec: int
-    depth: int
-
-
-@dataclass(frozen=True, slots=True)
-class SegmentView:
-    """One segment file as it was found. ``problems`` says what is damaged; the rows are what could be read."""
-
-    segment_id: int
-    size_bytes: int
-    allocated_bytes: int
-    header: SegmentHeader | None
-    sealed: bool
-    rows: list[RecordRow]
-    problems: list[str]
+_IDENTITY_SEARCH_PAGES = 1024
 
 
 class StoreFiles:
-    """Opens nothing for writing and takes no lock. Raises ``PathUnavailable`` or ``FormatError`` when this is no store."""
+    """Opens nothing for writing and takes no lock.
+
+    ``path`` is a store's folder or a lone segment file. A store whose superblock is damaged or gone is read by what its
+    segments say; ``problems`` tells. Raises ``PathUnavailable`` or ``UnsupportedFormat`` when this is no store, and
+    ``OSError`` when it cannot be read.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.superblock: Superblock | None = None
+        self.problems: list[str] = []
+        self._lone: int | None = None
         self._device = PosixDevice(threads=1)
         try:
-            page = (path / SUPERBLOCK_NAME).read_bytes()
-        except OSError as error:
-            self._device.close()
-            raise PathUnavailable(
-                "this is not a kvlode store",
-                where=path,
-                expected=f"a folder with a file {SUPERBLOCK_NAME}",
-                actual=error.strerror,
-                action="Name the folder that was given to kvlode.open.",
-            ) from None
-        try:
-            self.superblock = Superblock.parse(page, where=path / SUPERBLOCK_NAME)
-        except FormatError:
+            if path.is_file():
+                self.store_uuid = self._identify_file()
+            else:
+                self.store_uuid = self._identify_store()
+        except BaseException:
             self._device.close()
             raise
 
@@ -85,81 +55,117 @@ class StoreFiles:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    # --- which store this is --------------------------------------------------------------------------------------
+
+    def _identify_store(self) -> bytes:
+        place = self.path / SUPERBLOCK_NAME
+        try:
+            with place.open("rb", buffering=0) as file:
+                self.superblock = Superblock.parse(file.read(PAGE_BYTES), where=place)
+            return self.superblock.store_uuid
+        except (FileNotFoundError, NotADirectoryError) as error:
+            problem: Exception = PathUnavailable(
+                "this is not a kvlode store",
+                where=self.path,
+                expected=f"a folder with a file {SUPERBLOCK_NAME}, or a segment file",
+                actual=error.strerror,
+                action="Name the folder that was given to kvlode.open.",
+            )
+        except FormatError as error:
+            problem = error
+        found = Counter(header.store_uuid for segment_id in self.segment_ids() if (header := self.header(segment_id)) is not None)
+        if not found:
+            raise problem
+        self.problems.append(f"{problem}" if isinstance(problem, FormatError) else f"{place} is missing; read by what the segments say")
+        return found.most_common(1)[0][0]
+
+    def _identify_file(self) -> bytes:
+        """Store and id of a segment file outside of a store: by its header, else by its first whole record."""
+        with self.path.open("rb", buffering=0) as file:
+            named = parse_segment_name(self.path.name)
+            if not file.read(1):
+                self._lone = named or 0
+                return bytes(16)
+            file.seek(0)
+            try:
+                header = SegmentHeader.parse(file.read(PAGE_BYTES), where=self.path)
+                self._lone = header.segment_id
+                return header.store_uuid
+            except FormatError:
+                for _ in range(_IDENTITY_SEARCH_PAGES):
+                    page = file.read(PAGE_BYTES)
+                    if page[:8] == RECORD_TABLE.magic and (record := _record_of(page)) is not None:
+                        self._lone = record.segment_id
+                        return record.store_uuid
+        if named is not None:
+            self._lone = named
+            return bytes(16)
+        raise UnsupportedFormat(
+            "this is neither a kvlode store nor a segment file",
+            where=self.path,
+            expected="a segment header, or a record",
+            action="Name a store's folder, or a file of its folder segments.",
+        )
+
+    # --- segments ---------------------------------------------------------------------------------------------------
+
     def segment_ids(self) -> list[int]:
         """Ids of the segment files, oldest first."""
+        if self._lone is not None:
+            return [self._lone]
         try:
             names = os.listdir(self.path / SEGMENTS_FOLDER)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         return sorted(found for name in names if (found := parse_segment_name(name)) is not None)
 
     def segment_path(self, segment_id: int) -> Path:
-        return self.path / SEGMENTS_FOLDER / segment_name(segment_id)
+        return self.path if self._lone is not None else self.path / SEGMENTS_FOLDER / segment_name(segment_id)
 
     @contextmanager
-    def reading(self, segment_id: int) -> Iterator[Read]:
-        """A read function over a segment file, short at its end."""
-        file = self._device.open(str(self.segment_path(segment_id)), "read")
-
-        def read(offset: int, length: int) -> memoryview:
-            start = offset - offset % PAGE_BYTES
-            area = aligned_array(-(-(offset + length - start) // PAGE_BYTES) * PAGE_BYTES)
-            count = file.read(start, [area]).result()
-            return memoryview(area.data)[offset - start : min(count, offset - start + length)]
-
+    def reading(self, segment_id: int) -> Iterator[SegmentReader]:
+        """A read function over a segment file, short at its end. Raises ``OSError`` when it is not there or may not be read."""
+        path = self.segment_path(segment_id)
+        size_bytes = os.stat(path).st_size
+        file = self._device.open(str(path), "read")
         try:
-            yield read
+            yield SegmentReader(file, size_bytes, data_ranges(path, size_bytes))
         finally:
             file.close()
 
+    def header(self, segment_id: int) -> SegmentHeader | None:
+        """The header page of a segment; ``None`` when it is damaged, or of a file that went away."""
+        try:
+            with self.segment_path(segment_id).open("rb", buffering=0) as file:
+                return SegmentHeader.parse(file.read(PAGE_BYTES), where=segment_name(segment_id))
+        except (FormatError, FileNotFoundError):
+            return None
+
     def segments(self) -> Iterator[SegmentView]:
-        """Every segment; those that a running writer frees meanwhile are left out."""
+        """Every segment; those that a running writer frees meanwhile are left out, what cannot be read becomes a problem."""
         for segment_id in self.segment_ids():
             try:
                 yield self.segment(segment_id)
-            except OSError:
+            except OSError as error:
                 if self.segment_path(segment_id).exists():
-                    raise
+                    yield SegmentView.unreadable(segment_id, str(error))
 
     def segment(self, segment_id: int) -> SegmentView:
-        """One segment with its rows. Damage becomes ``problems``; a missing file raises ``DeviceError``."""
-        status = os.stat(self.segment_path(segment_id))
-        problems: list[str] = []
+        """One segment with its records. Damage becomes ``problems``; raises ``OSError`` for a file that cannot be read."""
+        path = self.segment_path(segment_id)
+        status = os.stat(path)
+        ranges = data_ranges(path, status.st_size)
         with self.reading(segment_id) as read:
-            header = self._header(read, segment_id, problems)
-            table = self._seal(read, segment_id, status.st_size, problems)
-            if table is not None:
-                rows = rows_of_table(table)
-            else:
-                rows = self._rows_by_scan(read, segment_id, _data_end(self.segment_path(segment_id), status.st_size), problems)
-        sealed = table is not None
-        return SegmentView(segment_id, status.st_size, status.st_blocks * 512, header, sealed, rows, problems)
+            return read_segment(
+                read,
+                segment_id=segment_id,
+                store_uuid=self.store_uuid,
+                size_bytes=status.st_size,
+                allocated_bytes=status.st_blocks * 512,
+                data_end=ranges[-1][1] if ranges else 0,
+            )
 
-    def _header(self, read: Read, segment_id: int, problems: list[str]) -> SegmentHeader | None:
-        try:
-            header = SegmentHeader.parse(read(0, PAGE_BYTES), where=segment_name(segment_id))
-            header.check_place(self.superblock.store_uuid, segment_id, where=segment_name(segment_id))
-        except FormatError as error:
-            problems.append(str(error))
-            return None
-        return header
-
-    def _seal(self, read: Read, segment_id: int, size_bytes: int, problems: list[str]) -> SealTable | None:
-        try:
-            found = find_seal(read, size_bytes, store_uuid=self.superblock.store_uuid, segment_id=segment_id)
-        except FormatError as error:
-            problems.append(str(error))
-            return None
-        return None if found is None else found[1]
-
-    def _rows_by_scan(self, read: Read, segment_id: int, end: int, problems: list[str]) -> list[RecordRow]:
-        try:
-            scan = scan_unsealed(read, end=end, store_uuid=self.superblock.store_uuid, segment_id=segment_id, verify_payloads=False)
-        except FormatError as error:
-            problems.append(str(error))
-            return []
-        problems += [f"{segment_name(segment_id)}: bytes {start} to {stop} hold no record" for start, stop in scan.damaged]
-        return [row_of_header(header) for header in scan.records]
+    # --- records ----------------------------------------------------------------------------------------------------
 
     def record(self, segment_id: int, offset: int) -> tuple[bytes, RecordHeader]:
         """Header page of a record, and what it says. Raises ``FormatError`` with the page's damage."""
@@ -172,68 +178,45 @@ class StoreFiles:
         with self.reading(segment_id) as read:
             return bytes(read(header.offset + PAGE_BYTES, min(length, header.stored_length)))
 
-    def namespace(self, segment_id: int, row: RecordRow) -> Namespace:
+    def namespace(self, segment_id: int, table: SealTable, row: int) -> Namespace:
         """The descriptor in a namespace record. Raises ``KvlodeError``."""
-        header = self.record(segment_id, row.offset)[1]
+        header = self.record(segment_id, int(table.page[row]) * PAGE_BYTES)[1]
         return Namespace.parse(self.payload(segment_id, header, header.raw_length), where=segment_name(segment_id))
 
 
-def rows_of_table(table: SealTable) -> list[RecordRow]:
-    """Rows of a sealed segment's table of contents."""
-    columns = zip(
-        (table.page.astype("u8") * PAGE_BYTES).tolist(),
-        table.type.tolist(),
-        table.keys,
-        table.namespace.tolist(),
-        table.raw_length.tolist(),
-        table.stored_length.tolist(),
-        table.record_pages.tolist(),
-        table.version_seq.tolist(),
-        table.record_seq.tolist(),
-        table.written_at_ns.tolist(),
-        table.expires_at_ns.tolist(),
-        table.codec.tolist(),
-        table.depth.tolist(),
-        strict=True,
-    )
-    return [RecordRow(*values) for values in columns]
+def open_files(path: Path) -> tuple[StoreFiles, int | None]:
+    """The store at ``path``; and the segment's id when ``path`` is a segment file, inside its store or alone."""
+    segment_id = parse_segment_name(path.name)
+    if segment_id is None or not path.is_file():
+        files = StoreFiles(path)
+        return files, files.segment_ids()[0] if path.is_file() else None
+    folder = path.resolve().parent
+    if folder.name == SEGMENTS_FOLDER and (folder.parent / SUPERBLOCK_NAME).is_file():
+        return StoreFiles(folder.parent), segment_id
+    files = StoreFiles(path)
+    return files, files.segment_ids()[0]
 
 
-def row_of_header(header: RecordHeader) -> RecordRow:
-    """The row of one record."""
-    return RecordRow(
-        header.offset,
-        int(header.record_type),
-        header.key,
-        header.namespace,
-        header.raw_length,
-        header.stored_length,
-        header.record_bytes // PAGE_BYTES,
-        header.version_seq,
-        header.record_seq,
-        header.written_at_ns,
-        header.expires_at_ns,
-        int(header.codec),
-        header.depth,
-    )
+def check_segment(files: StoreFiles, segment_id: int) -> None:
+    """Raise ``PathUnavailable`` unless the store has this segment."""
+    present = files.segment_ids()
+    if segment_id not in present:
+        shown = ", ".join(f"{found:x}" for found in present[:3]) + (" ..." if len(present) > 3 else "")
+        raise PathUnavailable(
+            "there is no such segment",
+            where=files.path,
+            expected=f"one of {len(present)}: {shown}" if present else "a store with segments",
+            actual=segment_name(segment_id),
+        )
 
 
-def type_name(record_type: int) -> str:
-    """``block``, ``tombstone`` and so on; the number of an unknown type."""
+def _record_of(page: bytes) -> RecordHeader | None:
     try:
-        return RecordType(record_type).name.lower().replace("_", " ")
-    except ValueError:
-        return f"type {record_type}"
+        return RecordHeader.parse(page)
+    except FormatError:
+        return None
 
 
-def _data_end(path: Path, size_bytes: int) -> int:
-    """End of what was written of a preallocated file, in whole pages."""
-    with path.open("rb", buffering=0) as file:
-        position = 0
-        while position < size_bytes:
-            try:
-                start = os.lseek(file.fileno(), position, os.SEEK_DATA)
-            except OSError:  # ENXIO: only a hole follows
-                break
-            position = os.lseek(file.fileno(), start, os.SEEK_HOLE)
-    return -(-position // PAGE_BYTES) * PAGE_BYTES
+def vanished(error: OSError) -> bool:
+    """Whether a file was there and is gone: a running writer has freed it."""
+    return isinstance(error, FileNotFoundError) or (isinstance(error, DeviceError) and error.errno == 2)
