@@ -7,7 +7,6 @@ import numpy as np
 from ...format.layout import RecordType
 from ...format.seal import SealTable
 
-
 _NEVER = (0, 0)
 
 
