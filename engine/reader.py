@@ -19,7 +19,7 @@ from ..format.errors import CorruptRecord, DeviceError, FormatError, StoreClosed
 from ..format.layout import PAGE_BYTES, STRIPES_MAX, Codec, RecordType
 from ..format.record import RecordHeader, check_place
 from ..gds.buffers import SlotPool
-from ..gds.device import Device, DeviceFile
+from ..gds.device import Device
 from ..gds.threads import WorkerPool
 from .arena import Bytes
 from .contract import Status
@@ -120,11 +120,17 @@ class Reader:
             self._settle(job, extent, Status.MISS)
             return
         try:
-            read = self._start_read(extent, file)
+            self._lay_out(extent)
+            read = None if job.cancelled else file.read(extent.start, extent.buffers)
         except BaseException:
             self._segments.unpin(extent.segment_id)
             self._release_slot(extent)
             raise
+        if read is None:  # cancelled while it waited for bounce memory
+            self._segments.unpin(extent.segment_id)
+            self._release_slot(extent)
+            self._settle(job, extent, Status.CANCELLED)
+            return
         read.add_done_callback(lambda done: self._arrived(job, extent, done, stream))
 
     def _arrived(self, job: ReadJob, extent: _Extent, read: Future[int], stream: Any) -> None:
@@ -135,10 +141,6 @@ class Reader:
             self._segments.unpin(extent.segment_id)
             self._release_slot(extent)
             self._settle(job, extent, Status.CANCELLED)
-
-    def _start_read(self, extent: _Extent, file: DeviceFile) -> Future[int]:
-        self._lay_out(extent)
-        return file.read(extent.start, extent.buffers)
 
     def _lay_out(self, extent: _Extent) -> None:
         """Bounce memory for all that is not read straight into a destination, and the list of buffers in file order."""
