@@ -130,7 +130,7 @@ def main() -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader of the output has gone (``| head``). Nobody wants to read of it, and the interpreter shall not try to flush again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ is not None else 1)
         code = EXIT_FAILED
     sys.exit(code)
 
@@ -141,11 +141,14 @@ def _run() -> int:
         return _complain("interrupted", EXIT_INTERRUPTED) if code == _PARSER_INTERRUPTED else code
     except BrokenPipeError:
         raise
+    except SystemExit as end:  # the parser's own answer to a broken pipe
+        raise end.__context__ or end from None
     except _CommandLineError as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             print(error)
             return EXIT_USAGE
-        return _complain(f"{' '.join(str(error).split()).rstrip('.')}. See --help.", EXIT_USAGE)
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        return _complain(f"{' '.join(message.split()).rstrip('.')}. See --help.", EXIT_USAGE)
     except (typer.Abort, KeyboardInterrupt):
         return _complain("interrupted", EXIT_INTERRUPTED)
     except CorruptRecord as error:

@@ -69,7 +69,7 @@ class LogStates:
             self._drops[digest] = max(self._drops.get(digest, 0), int(table.version_seq[row]))
         digests, keys = table.namespace.tolist(), table.keys
         spaces = [self._spaces.setdefault(digests[row], len(self._spaces)) for row in blocks.tolist()]
-        columns = {
+        columns: dict[str, npt.NDArray[Any]] = {
             "hash": ident_hashes([digests[row] + keys[row] for row in blocks.tolist()]),
             "version": table.version_seq[blocks],
             "sequence": table.record_seq[blocks],

@@ -28,7 +28,7 @@ def decode_stripes(read: Read, header: RecordHeader) -> Iterator[tuple[int, str 
     whole, good = xxhash.xxh3_64(), 0
     for number, raw, problem in _stripes(read, header):
         if raw is not None:
-            whole.update(raw)
+            whole.update(raw.data)
             good += 1
         if good == len(header.stripes) and whole.intdigest() != header.raw_checksum:
             problem = str(_raw_error(header, whole.intdigest()))

@@ -235,9 +235,10 @@ def _run_line(row: dict[str, Any]) -> str:
     first, last = (row[name][:_KEY_DIGITS] or "(unreadable)" for name in ("first_key", "last_key"))
     depth = f"{row['depth']}" if row["blocks"] == 1 else f"{row['depth']}-{row['depth'] + row['blocks'] - 1}"
     keys = first if row["blocks"] == 1 else f"{first}..{last}"
-    words = [f"{row['blocks']:,} block{'s' if row['blocks'] > 1 else ''}", f"depth {depth}", bytes_text(row["stored_bytes"])]
+    words = [f"{row['blocks']:,} block{'s' if row['blocks'] > 1 else ''}"]
+    if row["fan_out"]:
+        words[0] += f" > {row['fan_out']:,} branches, {row['below_blocks']:,} blocks" + (" (--root goes on)" if row["cut"] else "")
+    words += [f"depth {depth}", bytes_text(row["stored_bytes"])]
     if row["hits"] is not None:
         words.append(f"{row['hits']} hits")
-    if row["fan_out"]:
-        words.append(f"> {row['fan_out']:,} branches, {row['below_blocks']:,} blocks" + (" (--root goes on)" if row["cut"] else ""))
     return f"{'ORPHAN ' if row['orphan'] else ''}{keys}  {'  '.join(words)}"
