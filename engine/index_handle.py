@@ -110,28 +110,34 @@ class Scan:
         if rows is None:
             raise StoreClosed("a scan was continued after the index was closed", where=self._where)
         chunk: list[tuple[bytes, bytes]] = []
-        while len(chunk) < SCAN_CHUNK_ENTRIES:
-            if not rows.valid():
-                self._check(rows)
-                break
-            key = rows.key()
-            if not key.startswith(self._prefix):
-                break
-            chunk.append((key, rows.value()))
-            rows.next()
-        else:
-            chunk.reverse()
-            return chunk
+        try:
+            while len(chunk) < SCAN_CHUNK_ENTRIES:
+                if not rows.valid():
+                    self._check()
+                    break
+                key = rows.key()
+                if not key.startswith(self._prefix):
+                    break
+                chunk.append((key, rows.value()))
+                rows.next()
+            else:
+                chunk.reverse()
+                return chunk
+        finally:
+            rows = None  # whoever keeps an error (a log, for one) keeps this frame, and an iterator keeps the database locked
         self._ended = True
         self.release()
         chunk.reverse()
         return chunk
 
-    def _check(self, rows: RdictIter) -> None:
+    def _check(self) -> None:
+        """Whether the iterator is at its end, or at damage."""
+        assert self._rows is not None
         try:
-            rows.status()
+            self._rows.status()
         except Exception as error:
             self._on_damage()
+            self.release()
             raise IndexDamaged(
                 "index scan stopped by damage", where=self._where, actual=str(error), action="Rebuild the index from the segments."
             ) from error
