@@ -127,7 +127,7 @@ class RocksIndex(RocksReader):
         folder = os.fspath(path)
         claim_threads(folder, needs_threads=True)
         _check_not_beheaded(folder)
-        super().__init__(folder, _open(folder, folder, tuning, AccessType.read_write()))
+        super().__init__(folder, open_handle(folder, folder, tuning, AccessType.read_write()))
         self._stall_timeout_s = tuning.stall_timeout_s
         self._write_options = WriteOptions()
         self._write_options.no_slowdown = True
@@ -183,7 +183,7 @@ class RocksFollowerIndex(RocksReader):
         self._source = os.fspath(path)
         self._tuning = RocksTuning(block_cache_bytes=block_cache_bytes)
         self._temporary = tempfile.mkdtemp(prefix="kvlode-follower-")
-        self._remove_temporary = weakref.finalize(self, _remove_folder, self._temporary, os.getpid())
+        self._remove_temporary = weakref.finalize(self, remove_folder, self._temporary, os.getpid())
         self._catch_up_lock = threading.Lock()
         self._opens = 0
         self._state = _SourceState()
@@ -202,10 +202,10 @@ class RocksFollowerIndex(RocksReader):
             own = os.path.join(self._temporary, f"own-{self._opens}")
             os.mkdir(links)
             state = _SourceState.of(self._source)
-            _link(self._source, links)
+            link_files(self._source, links)
             claim_threads(self._source, needs_threads=False)
             try:
-                handle = _open(links, self._source, self._tuning, AccessType.secondary(own))
+                handle = open_handle(links, self._source, self._tuning, AccessType.secondary(own))
                 if _SourceState.of(self._source).keeps(state):
                     self._links, self._state, self.log_path = links, state, os.path.join(own, "LOG")
                     return handle
@@ -293,7 +293,7 @@ def destroy(path: str | os.PathLike[str]) -> None:
 # --- opening -------------------------------------------------------------------------------------------------------
 
 
-def _open(folder: str, where: str, tuning: RocksTuning, access: AccessType) -> Rdict:
+def open_handle(folder: str, where: str, tuning: RocksTuning, access: AccessType) -> Rdict:
     options = tuning.options()
     try:
         return Rdict(folder, options, {_COLUMN_FAMILY: options}, access)
@@ -376,7 +376,7 @@ class _SourceState:
         return self.identity == earlier.identity and self.names() >= earlier.names()
 
 
-def _link(source: str, links: str) -> None:
+def link_files(source: str, links: str) -> None:
     """Fill ``links`` with a symbolic link for each file of ``source`` that RocksDB reads."""
     try:
         names = os.listdir(source)
@@ -387,7 +387,7 @@ def _link(source: str, links: str) -> None:
             os.symlink(os.path.join(os.path.abspath(source), name), os.path.join(links, name))
 
 
-def _remove_folder(folder: str, owner_pid: int) -> None:
+def remove_folder(folder: str, owner_pid: int) -> None:
     """Delete a temporary folder, but not the parent's from a forked child."""
     if os.getpid() == owner_pid:
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,7 +1,7 @@
 """The index for ``kvlode fsck``: the check itself imports no engine, so whoever runs it hands in one of these sources.
 
-Reading goes through RocksDB's secondary mode, which writes nothing into the index's folder and works beside a writer. What
-it shows is one moment: the index as it was when the view was opened.
+Reading goes through RocksDB's read-only mode, or its secondary mode beside a writer; neither writes anything into the index's
+folder. What a view shows is one moment: the index as it was when the view was opened.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from ..engine.index_entry import IndexEntry
 from ..engine.index_memory import MemoryIndex
 from ..engine.index_open import REBUILD_MARKER
 from ..engine.index_rocksdb import RocksFollowerIndex, RocksIndex, set_aside
+from ..engine.index_snapshot import RocksSnapshotIndex
 from ..engine.stats import Counters
 from ..format.errors import KvlodeError
 from ..format.layout import INDEX_FOLDER
@@ -87,15 +88,16 @@ class RocksSource:
         self._folder = os.path.join(path, INDEX_FOLDER)
 
     def open_view(self, *, live: bool) -> EngineIndexView | None:
-        """See ``IndexSource``. ``live`` makes no difference: reading never needs the index for itself."""
+        """See ``IndexSource``. Beside a writer a damaged table may go unnoticed, its entries being absent."""
         if not os.path.isdir(self._folder) or not os.listdir(self._folder):
             return None
         if os.path.exists(os.path.join(self.path, REBUILD_MARKER)):
             raise IndexUnreadable("damage was met while the index was in use", where=self._folder, actual=f"a file {REBUILD_MARKER}")
         try:
-            return EngineIndexView(RocksFollowerIndex(self._folder), owned=True)
+            index = RocksFollowerIndex(self._folder) if live else RocksSnapshotIndex(self._folder)
         except KvlodeError as error:
             raise IndexUnreadable("the index cannot be opened", where=self._folder, actual=error) from error
+        return EngineIndexView(index, owned=True)
 
     # --- repair -------------------------------------------------------------------------------------------------------
 

@@ -37,6 +37,15 @@ class SegmentLook:
     """Header page and seal; records are counted when they are walked."""
     bytes_checked: int = 0
 
+    @property
+    def log_bytes(self) -> int:
+        """From the first record to the end of the log."""
+        return self.data_end - PAGE_BYTES
+
+    @property
+    def damaged_bytes(self) -> int:
+        return sum(stop - start for start, stop in self.damaged)
+
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
@@ -183,7 +192,7 @@ def _look_unsealed(reader: SegmentReader, first: FirstPage, around: Surroundings
         durable_bytes=end if cut else _durable_by_checkpoint(ref, around), verify_payloads=not cut,
     )  # fmt: skip
     known = _of_this_place(first, around)
-    if not scan.records and scan.end.kind is not WalkEndKind.SEAL and not (known and scan.damaged):
+    if not scan.records and scan.end.kind is not WalkEndKind.SEAL and not (known and (scan.damaged or cut)):
         _without_records(reader, first, around, looked, end)
         return
     look = SegmentLook(ref, sealed=False, listed=False, data_end=scan.data_end, durable_bytes=scan.data_end, damaged=scan.damaged)

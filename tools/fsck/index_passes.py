@@ -147,12 +147,14 @@ class IndexPasses:
     def report_orphans(self) -> None:
         """Once every segment was matched."""
         assert self._lookups is not None
-        if not self._live:
-            report_orphans(self._matches, self._report.add)
-            if self._lookups.behind:
-                self._report.add(Finding("IDX-BEHIND", INDEX_PATH, facts={"count": self._lookups.behind}))
-        else:
+        if self._lookups.behind and not self._live:
+            self._report.add(Finding("IDX-BEHIND", INDEX_PATH, facts={"count": self._lookups.behind}))
+        if self._live:
             self._report.skipped["blocks without an entry"] = "a running writer may have deleted or evicted them"
+        elif self.unjudged:
+            self._report.skipped["blocks without an entry"] = "their deletes may be in a segment that could not be read"
+        else:
+            report_orphans(self._matches, self._report.add)
 
     # --- index -> segments --------------------------------------------------------------------------------------------
 

@@ -258,20 +258,20 @@ class _Run:
         except DeviceError as error:
             self.report.errors.append(str(error))
             self._index.unjudged.add(ref.segment_id)
+            coverage.bytes_present += ref.size_bytes
             return None
         self._add_all(looked.findings)
         if looked.unsealed:
             self.report.skipped[f"segment {ref.name}"] = "not sealed: a running writer may be filling it"
             self._index.unjudged.add(ref.segment_id)
-        coverage.segments_checked += 1
+            coverage.bytes_present += ref.size_bytes
+        else:
+            coverage.segments_checked += 1
         look = looked.look
         if look is not None:
-            gaps_bytes = sum(stop - start for start, stop in look.damaged)
-            coverage.bytes_present += look.bytes_present + gaps_bytes
-            coverage.bytes_checked += look.bytes_checked + gaps_bytes
+            coverage.bytes_present += look.bytes_present + look.log_bytes
+            coverage.bytes_checked += look.bytes_checked + look.damaged_bytes
             coverage.records_present += look.record_count
-            if self._options.level is Level.QUICK:
-                coverage.bytes_present += look.data_end - PAGE_BYTES
             self._progress.advance(look.bytes_checked, ref.name)
         return look
 
@@ -304,7 +304,8 @@ class _Run:
 
         def judge(reader: SegmentReader, records: SegmentRecords) -> None:
             self._records.kills.add(records.table)
-            self.report.coverage.bytes_present += sum(records.lengths)
+            look = records.look  # what is neither a record nor damage is dead space that a seal leaves out
+            self.report.coverage.bytes_present += sum(records.lengths) + look.damaged_bytes - look.log_bytes
             self._add_all(undescribed_namespaces(records))
             if records.ref.segment_id not in payload_ids:
                 self._records.walk(reader, records)
