@@ -46,7 +46,7 @@ def ident_hashes(idents: Sequence[bytes]) -> _U64:
 
 
 class LogStates:
-    """Collects records of all segments (``add``), decides (``settle``), and answers. About 80 bytes of memory a block.
+    """Collects records of all segments (``add``), decides (``settle``), and answers. At most some 250 bytes of memory a block, while deciding.
 
     Leftover segments and those of other stores must not be added.
     """

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..format.errors import DeviceError, FormatError, PathUnavailable, UnsupportedFormat
+from ..format.errors import FormatError, PathUnavailable, UnsupportedFormat
 from ..format.layout import PAGE_BYTES, SEGMENTS_FOLDER, SUPERBLOCK_NAME, parse_segment_name, segment_name
 from ..format.namespace import Namespace
 from ..format.record import RECORD_TABLE, RecordHeader
@@ -116,6 +116,8 @@ class StoreFiles:
         try:
             names = os.listdir(self.path / SEGMENTS_FOLDER)
         except (FileNotFoundError, NotADirectoryError):
+            if self.superblock is not None and not self.path.is_dir():
+                raise  # the store was there and is gone
             return []
         return sorted(found for name in names if (found := parse_segment_name(name)) is not None)
 
@@ -149,6 +151,8 @@ class StoreFiles:
             except OSError as error:
                 if self.segment_path(segment_id).exists():
                     yield SegmentView.unreadable(segment_id, str(error))
+                elif not self.path.exists():
+                    raise
 
     def segment(self, segment_id: int) -> SegmentView:
         """One segment with its records. Damage becomes ``problems``; raises ``OSError`` for a file that cannot be read."""
@@ -215,8 +219,3 @@ def _record_of(page: bytes) -> RecordHeader | None:
         return RecordHeader.parse(page)
     except FormatError:
         return None
-
-
-def vanished(error: OSError) -> bool:
-    """Whether a file was there and is gone: a running writer has freed it."""
-    return isinstance(error, FileNotFoundError) or (isinstance(error, DeviceError) and error.errno == 2)

@@ -129,8 +129,9 @@ def _add_parent_keys(survey: Survey, namespace: bytes, blocks: dict[str, dict[st
     if not waiting:
         return
     for view, rows in live_rows(survey, namespace):
+        keys = view.table.keys
         for row in rows.tolist():
-            key = view.table.key(row)
+            key = keys[row]
             for block in waiting.get(key_digest(key), ()):
                 block["parent_key"] = key.hex()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+
 import numpy as np
 from rich.console import Console
 from rich.text import Text
@@ -36,8 +38,8 @@ def print_map(console: Console, summaries: list[SegmentSummary], width: int) -> 
     for summary in summaries:
         line = Text(f"{summary.segment_id:>{digits}x} ")
         length = min(width, max(1, round(width * summary.size_bytes / scale_bytes)))
-        for use in use_of_cells(resample(summary.cells, length)):
-            line.append(signs[use], style=_STYLES[use])
+        for use, run in groupby(use_of_cells(resample(summary.cells, length))):
+            line.append(signs[use] * len(list(run)), style=_STYLES[use])
         line.append(" " * (width - length))
         use_bytes = summary.use_bytes
         line.append(f" {share_text(use_bytes['live'], summary.size_bytes):>4} live  {summary.state}")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from rich.console import Console
 
 from ...format.errors import InvalidConfig, KvlodeError
@@ -19,6 +21,7 @@ from ..segment_view import SegmentView, codec_name
 from .survey import HOT_HITS, Survey
 
 _DESCRIPTOR_TRIES = 3
+Rows = npt.NDArray[np.intp]
 
 
 @dataclass(slots=True)
@@ -55,13 +58,14 @@ def collect_namespaces(survey: Survey) -> list[NamespaceFacts]:
     """All namespaces of the log, the one that takes most first."""
     found: dict[bytes, NamespaceFacts] = {}
     for view, states in survey.views():
-        digests = view.table.namespace.tolist()
-        for row, kind in enumerate(view.table.type.tolist()):
-            space = found.setdefault(digests[row], NamespaceFacts(digests[row]))
-            if kind == RecordType.NAMESPACE:
+        digests = np.frombuffer(view.table.namespace.tobytes(), dtype="V16")
+        for digest in dict.fromkeys(view.table.namespace.tolist()):
+            space = found.setdefault(digest, NamespaceFacts(digest))
+            rows = np.flatnonzero(digests == np.void(digest))
+            kinds = view.table.type[rows]
+            for row in rows[kinds == RecordType.NAMESPACE].tolist():
                 _describe(survey, space, view, row)
-            elif kind == RecordType.BLOCK:
-                _count(survey, space, view, row, int(states[row]))
+            _count(survey, space, view, rows[kinds == RecordType.BLOCK], states)
     return sorted(found.values(), key=lambda space: (-space.stored_bytes, -space.dead_bytes, space.digest))
 
 
@@ -79,23 +83,28 @@ def _describe(survey: Survey, space: NamespaceFacts, view: SegmentView, row: int
         space.problem = f"{segment_name(view.segment_id)}: {error}"
 
 
-def _count(survey: Survey, space: NamespaceFacts, view: SegmentView, row: int, state: int) -> None:
+def _count(survey: Survey, space: NamespaceFacts, view: SegmentView, blocks: Rows, states: npt.NDArray[np.uint8]) -> None:
+    """Add the blocks of one namespace in one segment."""
     table = view.table
-    if state != RecordState.LIVE:
-        space.blocks_dead += 1
-        space.dead_bytes += int(table.record_pages[row]) * PAGE_BYTES
+    is_live = states[blocks] == RecordState.LIVE
+    live, dead = blocks[is_live], blocks[~is_live]
+    space.blocks_dead += len(dead)
+    space.dead_bytes += int(table.record_pages[dead].sum(dtype=np.int64)) * PAGE_BYTES
+    if not len(live):
         return
-    written = int(table.written_at_ns[row])
-    space.blocks_live += 1
-    space.raw_bytes += int(table.raw_length[row])
-    space.stored_bytes += int(table.stored_length[row])
-    space.depth_max = max(space.depth_max, int(table.depth[row]))
-    space.oldest_written_at_ns = min(space.oldest_written_at_ns or written, written)
-    space.newest_written_at_ns = max(space.newest_written_at_ns, written)
-    space.codecs[codec_name(int(table.codec[row]))] += 1
-    hits = survey.hits(space.digest, table.key(row))
-    space.hits += hits
-    space.hot_blocks += hits >= HOT_HITS
+    written = table.written_at_ns[live]
+    space.blocks_live += len(live)
+    space.raw_bytes += int(table.raw_length[live].sum(dtype=np.int64))
+    space.stored_bytes += int(table.stored_length[live].sum(dtype=np.int64))
+    space.depth_max = max(space.depth_max, int(table.depth[live].max()))
+    space.oldest_written_at_ns = min(space.oldest_written_at_ns or int(written.min()), int(written.min()))
+    space.newest_written_at_ns = max(space.newest_written_at_ns, int(written.max()))
+    for codec, count in enumerate(np.bincount(table.codec[live]).tolist()):
+        if count:
+            space.codecs[codec_name(codec)] += count
+    hits = survey.hits_of(view, live)
+    space.hits += sum(hits)
+    space.hot_blocks += sum(count >= HOT_HITS for count in hits)
 
 
 def namespaces_facts(survey: Survey, limit: int) -> dict[str, Any]:
@@ -180,8 +189,8 @@ def choose_namespace(survey: Survey, text: str | None) -> bytes:
     return fits[0]
 
 
-def live_rows(survey: Survey, digest: bytes) -> Any:
-    """Views with the rows of the live blocks of one namespace."""
+def live_rows(survey: Survey, digest: bytes) -> Iterator[tuple[SegmentView, Rows]]:
+    """Segments with the rows of the live blocks of one namespace."""
     for view, states in survey.views():
         wanted = np.frombuffer(view.table.namespace.tobytes(), dtype="V16") == np.void(digest)
         rows = np.flatnonzero(wanted & (states == RecordState.LIVE))

@@ -1,7 +1,7 @@
 """The whole of a store at a glance: what each segment's bytes are used for, which blocks count, how often they are used.
 
 Two passes over the segments: the first learns which records there are, the second sums up by segment. Between them only
-some 80 bytes a block are kept, so that memory does not follow the size of the store's payload.
+columns of numbers are kept, so that memory follows the number of blocks, never their size.
 """
 
 from __future__ import annotations
@@ -100,6 +100,13 @@ class Survey:
         """Uses of a block since it was written; 255 stands for that many or more, 0 also for not known."""
         return 0 if self.heat is None else self.heat.count(self.heat.slot(namespace, key_digest(key)))
 
+    def hits_of(self, view: SegmentView, rows: npt.NDArray[np.intp]) -> list[int]:
+        """``hits`` of blocks of one segment; nothing when no heat table is there."""
+        if self.heat is None or not len(rows):
+            return []
+        spaces, keys = view.table.namespace.tolist(), view.table.keys
+        return [self.hits(spaces[row], keys[row]) for row in rows.tolist()]
+
     def summaries(self, cell_count: int = 1) -> Iterator[SegmentSummary]:
         """Every segment in figures, oldest first; ``cell_count`` is how finely the map divides each."""
         for view in self.files.segments():
@@ -112,7 +119,7 @@ class Survey:
         uses, cells = _use(view, states, cell_count)
         live = np.flatnonzero(states == RecordState.LIVE)
         written = view.table.written_at_ns[view.table.written_at_ns > 0]
-        hits = [self.hits(bytes(view.table.namespace[row]), view.table.key(row)) for row in live.tolist()] if self.heat else []
+        hits = self.hits_of(view, live)
         state, notes = view.state, list(view.notes)
         if not belongs and not view.foreign:
             state = "leftover"

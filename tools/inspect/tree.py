@@ -53,7 +53,8 @@ class PrefixTree:
         for view, rows in live_rows(survey, digest):
             table = view.table
             places.append(np.stack([np.full(len(rows), view.segment_id, dtype=np.uint64), table.page[rows].astype(np.uint64)], axis=1))
-            digests += [key_digest(table.key(row)) for row in rows.tolist()]
+            keys = table.keys
+            digests += [key_digest(keys[row]) for row in rows.tolist()]
             parents.append(np.frombuffer(table.parent[rows].tobytes(), dtype="<u8").reshape(-1, 2))
             columns.append(np.stack([table.raw_length[rows], table.stored_length[rows], table.depth[rows]], axis=1).astype(np.int64))
         self._places = np.concatenate([np.zeros((0, 2), np.uint64), *places])
