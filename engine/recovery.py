@@ -36,6 +36,7 @@ logger = logging.getLogger("kvlode")
 CHANGES_PER_APPLY = 4096
 SEGMENT_NAME_LENGTH = len(segment_name(0))
 EPOCH_SHIFT = 40
+_WHEN_UNREADABLE = "Try again. If the drive has lost this segment, move it out of the store's folder: what is left is served."
 
 
 @dataclass(slots=True)
@@ -199,7 +200,11 @@ class _TailScan:
         self.end_offset = 0
 
     def changes(self) -> Iterator[Changes]:
-        """What to apply to the index, in log order. A segment that cannot be read is left alone: what is left is served."""
+        """What to apply to the index, in log order.
+
+        Raises ``DeviceError`` when the segment cannot be read or sealed now: to go on without it would bring deleted blocks back,
+        and the checkpoint would pass over what was flushed to it.
+        """
         found = self._found
         try:
             if not found.sealed:
@@ -210,9 +215,8 @@ class _TailScan:
             if start < found.size_bytes:
                 yield from self._sealed(start)
         except DeviceError as error:
-            self._counters.add("unreadable_segments")
-            logger.error("segment %016x cannot be read and is served without recovery: %s", found.segment_id, error)
-            self._segments.add(Segment(found.segment_id, found.size_bytes, sealed=True))
+            path = self._segments.path(found.segment_id)
+            raise type(error)("recovery", path, errno=error.errno, detail=str(error), action=_WHEN_UNREADABLE) from error
 
     def _start_offset(self) -> int:
         """First byte of this segment that the checkpoint does not cover."""
@@ -291,6 +295,8 @@ class _TailScan:
         for header in scan.records:
             builder.add(header)
         last = scan.records[-1]
+        if self._found.header is None:
+            self._write_header(file, scan.records[0])
         file.sync()  # what the scan read may still have been in flight when the writer died
         packed = builder.pack(
             store_uuid=self._store_uuid,
@@ -301,13 +307,23 @@ class _TailScan:
             synced_bytes=scan.data_end,
             written_at_ns=self._clock.now_ns(),
         )
-        area = aligned_array(len(packed))
-        area[: len(packed)] = np.frombuffer(packed, dtype=np.uint8)
-        file.write(scan.data_end, [area[: len(packed)]]).result()
+        _write(file, scan.data_end, packed)
         file.sync()  # a file is cut to its seal only when the seal is durable: so one that was cut and has none is damaged, not torn
         file.truncate(scan.data_end + len(packed))
         file.sync()
         return scan.data_end + len(packed)
+
+    def _write_header(self, file: DeviceFile, first: RecordHeader) -> None:
+        """The page was written together with the first records, and alone was lost: a drive may keep any part of what was not synced."""
+        found = self._found
+        header = SegmentHeader.derived(
+            store_uuid=self._store_uuid,
+            segment_id=found.segment_id,
+            epoch=first.epoch,
+            size_bytes=found.size_bytes,
+            created_at_ns=first.written_at_ns,
+        )
+        _write(file, 0, header.pack())
 
     def _from_headers(self, headers: list[RecordHeader]) -> Iterator[Changes]:
         changes: Changes = {}
@@ -316,6 +332,12 @@ class _TailScan:
             self.sequence = max(self.sequence, header.record_seq, header.version_seq)
         self.records += len(headers)
         yield changes
+
+
+def _write(file: DeviceFile, offset: int, data: bytes) -> None:
+    area = aligned_array(len(data))
+    area[: len(data)] = np.frombuffer(data, dtype=np.uint8)
+    file.write(offset, [area[: len(data)]]).result()
 
 
 def _apply(changes: Changes, header: RecordHeader) -> None:

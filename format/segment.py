@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from .bytetable import Field, PageTable, magic
 from .checksum import Buffer
 from .errors import CorruptRecord
-from .layout import EPOCH_MAX, PAGE_BYTES, SEGMENT_BYTES_MAX
+from .layout import EPOCH_MAX, PAGE_BYTES, SEGMENT_BYTES_MAX, round_up_pages
 
 SEGMENT_TABLE = PageTable(
     title="segment header",
@@ -67,6 +67,15 @@ class SegmentHeader:
                 "first-live-segment", where=where, expected=f"at most {values['segment_id']}", actual=values["first_live_segment"]
             )
         return cls(**{name: values[name] for name in cls.__slots__})
+
+    @classmethod
+    def derived(cls, *, store_uuid: bytes, segment_id: int, epoch: int, size_bytes: int, created_at_ns: int) -> SegmentHeader:
+        """A header for a segment that has lost its own: of its first record's epoch and time, and the size of the file.
+
+        Which segments were freed before is not guessed: with 0 none is taken for a leftover.
+        """
+        segment_bytes = min(max(round_up_pages(size_bytes), SEGMENT_BYTES_MIN), SEGMENT_BYTES_MAX)
+        return cls(store_uuid, segment_id, epoch, segment_bytes, first_live_segment=0, created_at_ns=created_at_ns)
 
     def check_place(self, store_uuid: bytes, segment_id: int, *, where: object = None) -> None:
         """Raise ``CorruptRecord`` unless this header belongs to the store and file it was read from."""

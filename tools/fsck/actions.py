@@ -14,9 +14,9 @@ from contextlib import contextmanager
 import numpy as np
 
 from ...format.errors import CorruptRecord, DeviceError, FormatError
-from ...format.layout import PAGE_BYTES, SUPERBLOCK_NAME, RecordType, round_up_pages
+from ...format.layout import PAGE_BYTES, SUPERBLOCK_NAME, RecordType
 from ...format.record import RecordHeader
-from ...format.segment import SEGMENT_BYTES_MIN, SegmentHeader
+from ...format.segment import SegmentHeader
 from ...format.superblock import Superblock
 from ...format.walk import parse_placed, resynchronise
 from ...gds.buffers import aligned_array
@@ -85,12 +85,11 @@ class Repairer:
         with self._opened(f"{self._path}/{action.path}", "write") as file:
             size_bytes = file.status().size_bytes
             first = _first_record(file, size_bytes, store_uuid, segment_id)
-            header = SegmentHeader(
+            header = SegmentHeader.derived(
                 store_uuid=store_uuid,
                 segment_id=segment_id,
                 epoch=first.epoch,
-                segment_bytes=max(round_up_pages(size_bytes), SEGMENT_BYTES_MIN),
-                first_live_segment=0,  # which segments were freed is not guessed: none is taken for a leftover
+                size_bytes=size_bytes,
                 created_at_ns=first.written_at_ns,
             )
             kept = self._quarantine.save(file, action.path, 0, PAGE_BYTES, _reason(action, [(0, PAGE_BYTES)]))
