@@ -19,7 +19,7 @@ from ..format.errors import CorruptRecord, DeviceError, FormatError, StoreClosed
 from ..format.layout import PAGE_BYTES, STRIPES_MAX, Codec, RecordType
 from ..format.record import RecordHeader, check_place
 from ..gds.buffers import SlotPool
-from ..gds.device import Device
+from ..gds.device import Device, DeviceFile
 from ..gds.threads import WorkerPool
 from .arena import Bytes
 from .contract import Status
@@ -43,6 +43,7 @@ class _Extent:
     requests: list[ReadRequest]
     start: int
     stop: int
+    file: DeviceFile | None = None
     slot: Bytes | None = None
     buffers: list[Any] = field(default_factory=list)
     remaining: int = 0
@@ -120,6 +121,7 @@ class Reader:
             self._settle(job, extent, Status.MISS)
             return
         try:
+            extent.file = file
             self._lay_out(extent)
             read = None if job.cancelled else file.read(extent.start, extent.buffers)
         except BaseException:
@@ -168,18 +170,28 @@ class Reader:
     # --- completing (decode pool) -------------------------------------------------------------------------------
 
     def _complete(self, job: ReadJob, extent: _Extent, read: Future[int], stream: Any) -> None:
-        self._segments.unpin(extent.segment_id)
         try:
             read_bytes = read.result()
+            self._check_length(extent, read_bytes)
         except Exception as error:
             self._counters.add("read_errors")
             logger.warning("%s", error)
             self._release_slot(extent)
             self._settle(job, extent, Status.IO_ERROR)
             return
+        finally:
+            self._segments.unpin(extent.segment_id)
         for request in extent.requests:
             complete = request.entry.offset + request.record_bytes <= extent.start + read_bytes
             self._check_and_deliver(job, extent, request, complete, stream)
+
+    @staticmethod
+    def _check_length(extent: _Extent, read_bytes: int) -> None:
+        """A read that ends before the file does has failed; only a file that ends too early has lost something."""
+        assert extent.file is not None
+        if extent.start + read_bytes < min(extent.stop, extent.file.status().size_bytes):
+            length = extent.stop - extent.start
+            raise DeviceError("read", extent.file.path, offset=extent.start, length=length, detail=f"it ended after {read_bytes} bytes")
 
     def _check_and_deliver(self, job: ReadJob, extent: _Extent, request: ReadRequest, complete: bool, stream: Any) -> None:
         try:

@@ -246,6 +246,8 @@ class Keeper:
     def _make_spare(self, size_bytes: int) -> bool:
         """False when the file system has no room for it."""
         device = self._segments.device
+        if device.status(self._spare_path()) is not None:
+            device.remove(self._spare_path())  # of an attempt that failed half-way: its name would be taken for ever
         try:
             file = device.open(self._spare_path(), "create")
             try:
