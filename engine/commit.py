@@ -216,6 +216,9 @@ class CommitThread:
 
     def sync_index(self) -> bool:
         """Make the index durable; a failure costs a longer recovery, not data. Commit thread only."""
+        if self._catalog.waiting_changes:
+            # RocksDB goes on by itself after a write that found no room, but never after a sync of the log that this write has broken
+            return False
         try:
             self._catalog.index.sync()
         except (IndexWriteError, OSError) as error:

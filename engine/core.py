@@ -86,7 +86,7 @@ class Core:
         self.superblock, self.catalog, self.segments, self.heat = parts.superblock, parts.catalog, parts.segments, parts.heat
         self.counters, self.budget, self.lock = parts.counters, parts.budget, parts.lock
         self.follower = parts.recovered is None
-        self.health = Health()
+        self.health = Health(self.heat.close)  # a store into a mapped page of a file system that has failed kills the process (SIGBUS)
         self.closed_reason: str | None = None
         self._catch_up = parts.catch_up
         self._owns_device = parts.owns_device

@@ -93,6 +93,19 @@ class CorruptRecord(FormatError):
         super().__init__(f"corrupt: {check}", where=where, expected=expected, actual=actual, action=action)
 
 
+_ACTIONS = {
+    _errno.EACCES: "Give this user the rights to it, or run as the user that it belongs to.",
+    _errno.EPERM: "Give this user the rights to it, or run as the user that it belongs to.",
+    _errno.EROFS: "Mount the file system for writing, or read the store with kvlode.follow.",
+    _errno.ENOSPC: "Free space on this file system, or move the store to a larger one.",
+    _errno.EDQUOT: "Free space in this user's quota, or have it raised.",
+    _errno.EMFILE: "Raise this process's limit of open files (ulimit -n).",
+    _errno.ENOENT: "Check the path; something else may have removed it.",
+    _errno.EIO: "Check the drive and the system's log; blocks elsewhere can still be read.",
+}
+"""What to do about an error of the operating system, where the caller knows nothing better."""
+
+
 class DeviceError(KvlodeError, OSError):
     """An I/O call failed; ``errno`` has the code of the operating system where there is one."""
 
@@ -111,6 +124,7 @@ class DeviceError(KvlodeError, OSError):
         reason = os.strerror(errno) if errno is not None else detail
         if errno is not None and detail:
             reason = f"{reason} ({detail})"
+        action = action or (_ACTIONS.get(errno) if errno is not None else None)
         KvlodeError.__init__(self, f"{operation} failed", where=place, actual=reason, action=action)
         self.operation = operation
         self.path = str(path)
