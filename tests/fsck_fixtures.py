@@ -65,9 +65,9 @@ def fixture(problem_id: str, name: str = "", *, path: str = "", also: str = "", 
     return enter
 
 
-def healthy() -> StoreUnderTest:
-    """The store that the fixtures damage: several sealed segments in memory, see ``fsck_stores.fill``."""
-    return fill(in_memory())
+def healthy(blocks: int = 30) -> StoreUnderTest:
+    """The store that the fixtures damage: several sealed segments in memory, see ``fsck_stores.fill``; 18 blocks are enough for all."""
+    return fill(in_memory(), blocks)
 
 
 def source_of(case: Fixture, target: StoreUnderTest) -> GivenSource:

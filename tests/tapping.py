@@ -1,4 +1,4 @@
-"""A device that calls a test before each of its changes: to look at the drive, to cut the power, to fail, to interrupt."""
+"""A device that calls a test before each operation: to look at the drive, to cut the power, to fail, to interrupt."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from kvlode.gds.wrapping import WrappingDevice, WrappingFile
 Tap = Callable[[str, str], None]
 """Called with the name of the operation and the path, before it is carried out; may raise."""
 
+CHANGES = ("create", "rename", "remove", "sync_folder", "write", "sync", "truncate", "punch", "preallocate")
+"""Operations that change files, names, or what is durable of them; the others are ``open`` and ``read``."""
+
 
 class TappingDevice(WrappingDevice):
-    """Passes everything on; ``tap`` is called before each operation that changes files, names or what is durable of them."""
+    """Passes everything on; ``tap`` is called before each operation on files and names, but for closing and looking up."""
 
     def __init__(self, inner: Device, tap: Tap) -> None:
         super().__init__(inner)
         self.tap = tap
 
     def open(self, path: str, mode: OpenMode) -> DeviceFile:
-        if mode == "create":
-            self.tap("create", path)
+        self.tap("create" if mode == "create" else "open", path)
         return _TappingFile(self.inner.open(path, mode), self)
 
     def rename(self, source: str, target: str) -> None:
@@ -41,6 +43,10 @@ class _TappingFile(WrappingFile):
     def __init__(self, inner: DeviceFile, device: TappingDevice) -> None:
         super().__init__(inner)
         self._device = device
+
+    def read(self, offset: int, buffers: Sequence[IoBuffer]) -> Future[int]:
+        self._device.tap("read", self.path)
+        return self.inner.read(offset, buffers)
 
     def write(self, offset: int, buffers: Sequence[IoBuffer]) -> Future[int]:
         self._device.tap("write", self.path)

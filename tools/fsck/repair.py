@@ -109,7 +109,7 @@ class _Rounds:
                 del waiting[0]
         except KvlodeError as error:
             self.errors.append(f"{waiting[0].path}: {waiting[0].repair.value}: {error}")
-            self._check(Level.QUICK)
+            self._check(self.level)
             return False
         finally:
             self.undone += [action.text for action in waiting]
@@ -119,7 +119,11 @@ class _Rounds:
 
     def _check(self, level: Level) -> bool:
         """Look again; False when that did not come to its end."""
-        report = self.check(level)
+        try:
+            report = self.check(level)
+        except KvlodeError as error:
+            self.errors.append(f"the check after the repair: {error}")
+            return False
         self.interrupted = self.interrupted or report.interrupted
         self.errors += report.errors
         if not report.interrupted:
