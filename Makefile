@@ -17,10 +17,11 @@ KVIKIO := $(wildcard tests/requirements-kvikio.txt)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Processes that pytest runs in; 0 for none.
 JOBS ?= 2
+MINUTES ?= 60
 # What is passed on: make demo ARGS=--json, make test ARGS="-k recovery"
 ARGS ?=
 
-.PHONY: help setup demo test test-slow check bench gpu-check clean
+.PHONY: help setup demo test test-slow check soak bench gpu-check clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -42,6 +43,9 @@ check: $(VENV)/.installed-dev ## lint, and type-check the package strictly
 	for part in $(PACKAGE_PARTS); do ln -sfn "$(CURDIR)/$$part" $(TYPECHECK)/kvlode/$$part; done
 	cd $(TYPECHECK) && ../bin/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p kvlode
 
+soak: $(VENV)/.installed-dev ## an hour of mixed work near the capacity cap, with kills, ended by a check of every byte (MINUTES=60)
+	$(BIN)/python tests/soak/run.py --minutes $(MINUTES) $(ARGS)
+
 bench: $(VENV)/.installed ## measure this machine against a bare O_DIRECT loop
 	$(BIN)/kvlode bench $(ARGS)
 
@@ -49,7 +53,7 @@ gpu-check: $(VENV)/.installed-dev ## on a machine with a GPU: device conformance
 	$(BIN)/kvlode gpu-check --json gpu-check.json $(ARGS)
 
 clean: ## remove .venv and everything that was generated
-	rm -rf $(VENV) .demo .bench build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .demo .bench .soak-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are newer than the files they depend on once an installation has succeeded; a failed one is repeated.
