@@ -165,9 +165,9 @@ class Catalog:
         if resume is None:  # what waits in memory is not in the index yet, and newer than what is
             found |= {ident: value for ident, value in self._delta.items() if ident[:16] == namespace}
         changes: dict[bytes, bytes | None] = {}
-        for ident, value in found.items():
-            value = self._delta.get(ident, value)
-            if value is not None and expires_and_version(value)[1] < floor_seq:
+        for ident, indexed in found.items():
+            current = self._delta.get(ident, indexed)
+            if current is not None and expires_and_version(current)[1] < floor_seq:
                 changes[ident] = None
         if changes:
             self.change(changes)

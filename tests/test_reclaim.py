@@ -310,7 +310,10 @@ def test_an_expired_block_that_was_put_anew_has_the_new_bytes(scene: Scene, keep
 
 
 @pytest.mark.parametrize("lose_index", [False, True])
-def test_a_segment_of_tombstones_does_not_leave_before_what_it_kills(scene: Scene, lose_index: bool) -> None:
+def test_a_segment_of_tombstones_does_not_leave_before_what_it_kills(
+    scene: Scene, lose_index: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvlode.engine.writer.SEGMENT_WAIT_S", 0.5)
     scene.put(b"k", 1)
     scene.put(b"read", 2)
     first = scene.rig.segment_of(scene.space, b"k")

@@ -325,7 +325,7 @@ def run_machine(examples: int, steps: int) -> None:
 
 
 def test_a_store_that_is_too_small_answers_like_the_model() -> None:
-    run_machine(examples=30, steps=40)
+    run_machine(examples=25, steps=40)
 
 
 @pytest.mark.slow
