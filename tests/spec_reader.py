@@ -197,27 +197,30 @@ def decode_frame(frame: bytes, size: int) -> bytes:
     return out
 
 
+def decode_stripe(element: int, stored: bytes, entry: tuple[Any, ...], size: int) -> bytes:
+    """The raw bytes of one stripe whose entry and checksum were checked [4.4]."""
+    _, first, codec, flags, _, _ = entry
+    if codec == RAW:
+        return stored
+    if codec == ZSTD:
+        return decode_frame(stored, size)
+    count = size // element
+    plane = decode_frame(stored[:first], count) if flags & 1 else stored[:first]
+    rest = stored[up(first, 16) :]
+    rest = decode_frame(rest, size - count) if flags & 2 else rest
+    planes = [plane, *(rest[i * count : (i + 1) * count] for i in range(element - 1))]
+    out = bytearray(size)
+    for index, values in enumerate(planes):
+        out[element - 1 - index :: element] = values
+    return bytes(out)
+
+
 def decode_record(h: dict[str, Any], payload: bytes) -> bytes:
     if h["type"] == SEAL:
         need(xxh(payload[: h["stored_length"]]) == h["raw_checksum"], "toc checksum")
         return payload[: h["stored_length"]]
-    raw = b""
-    for (_, first, codec, flags, _, _), stored, (_, size) in zip(h["stripes"], stored_stripes(h, payload), raw_ranges(h), strict=True):
-        if codec == RAW:
-            raw += stored
-        elif codec == ZSTD:
-            raw += decode_frame(stored, size)
-        else:
-            element = h["element_size"]
-            count = size // element
-            plane = decode_frame(stored[:first], count) if flags & 1 else stored[:first]
-            rest = stored[up(first, 16) :]
-            rest = decode_frame(rest, size - count) if flags & 2 else rest
-            planes = [plane, *(rest[i * count : (i + 1) * count] for i in range(element - 1))]
-            out = bytearray(size)
-            for index, values in enumerate(planes):
-                out[element - 1 - index :: element] = values
-            raw += bytes(out)
+    stripes = zip(h["stripes"], stored_stripes(h, payload), raw_ranges(h), strict=True)
+    raw = b"".join(decode_stripe(h["element_size"], stored, entry, size) for entry, stored, (_, size) in stripes)
     need(not raw or xxh(raw) == h["raw_checksum"], "raw checksum")
     return raw
 
