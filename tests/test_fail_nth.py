@@ -5,15 +5,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import threading
 
 import pytest
 
 from faults.scenarios import SCENARIOS
-from faults.sweep import Injection, Sweep, count_operations, injections, run, sample
-
-DEFAULT_RUNS = 60
-"""Of each scenario in the default run, or one of every kind where there are more."""
+from faults.sweep import HangError, Injection, Sweep, World, count_operations, injections, run, sample
+from kvlode.gds.testing import Effect
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def report(sweep: Sweep) -> str:
 
 @pytest.mark.parametrize("name", sorted(SCENARIOS))
 def test_a_failed_operation_is_neither_a_hang_nor_a_leak_nor_a_lie(name: str, seed: int) -> None:
-    sweep = swept(name, sample(injections(SCENARIOS[name], seed), DEFAULT_RUNS, seed))
+    sweep = swept(name, sample(injections(SCENARIOS[name], seed), SCENARIOS[name].runs, seed))
     assert not sweep.failures, report(sweep)
     assert sum(outcome.struck for outcome in sweep.outcomes) > len(sweep.outcomes) // 2, "the faults did not reach the store"
 
@@ -62,6 +62,28 @@ def test_one_line_repeats_a_failure(seed: int) -> None:
     injection = Injection.parse(line)
     outcome = run(SCENARIOS[injection.scenario], injection)
     assert outcome.struck and not outcome.problems, "\n".join(outcome.problems)
+
+
+@pytest.mark.parametrize(("operation", "effect", "words"), [("sync", Effect.LOST, "is gone"), ("read", Effect.BIT_FLIP, "CORRUPT")])
+def test_the_sweep_notices_a_drive_that_lies(operation: str, effect: Effect, words: str, seed: int) -> None:
+    """What no store can make good must show, or the oracle is blind."""
+    everything = injections(SCENARIOS["put-and-flush"], seed)
+    chosen = [injection for injection in everything if injection.operation == operation and injection.path.endswith(".seg")]
+    outcomes = [run(SCENARIOS["put-and-flush"], dataclasses.replace(injection, effect=effect)) for injection in chosen]
+    assert any(words in problem for outcome in outcomes for problem in outcome.problems)
+
+
+def test_a_run_that_does_not_end_is_stopped_and_shows_where_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("faults.sweep.HANG_S", 0.1)
+    go_on = threading.Event()
+
+    def stands_here(world: World) -> None:
+        go_on.wait(60.0)
+
+    stuck = dataclasses.replace(SCENARIOS["put-and-flush"], act=stands_here)
+    with pytest.raises(HangError, match="stands_here"):
+        count_operations(stuck)
+    go_on.set()
 
 
 def test_scenarios_do_what_they_are_named_after() -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from faults.sweep import INDEX, FaultyIndex, Scenario, World
+from faults.repair import REPAIR
+from faults.sweep import FaultyIndex, Scenario, World
 from kvlode import DiskStore, PutState, Status, StoreFailed
 from kvlode.engine.config import StoreConfig
 from kvlode.engine.index_memory import MemoryIndex
@@ -399,12 +400,14 @@ def _follow(world: World) -> None:
         world.wrong("close did not end in time")
 
 
-def _engine(name: str, prepared: Callable[[], Prepared], act: Callable[[World], None], *, index: bool = True, **options: Any) -> Scenario:
+def _engine(
+    name: str, prepared: Callable[[], Prepared], act: Callable[[World], None], *, index: bool = True, runs: int = 60, **options: Any
+) -> Scenario:
     def start(device: Any) -> Host:
         made = prepared()
         return Host(device, made if index else Prepared(made.memory, {}, made.ledger), **options)
 
-    return Scenario(name, lambda: prepared().memory, start, act, verify)
+    return Scenario(name, lambda: prepared().memory, start, act, verify, runs)
 
 
 SCENARIOS: dict[str, Scenario] = {
@@ -412,13 +415,12 @@ SCENARIOS: dict[str, Scenario] = {
     for scenario in (
         _engine("put-and-flush", blank, _put_and_flush),
         _engine("seal", blank, _seal),
-        _engine("reclaim", full_store, _reclaim, lossy=True),
+        _engine("reclaim", full_store, _reclaim, lossy=True, runs=40),
         _engine("open-after-close", closed_store, _open_and_go_on),
         _engine("open-after-crash", crashed_store, _open_and_go_on),
         _engine("rebuild-the-index", closed_store, _open_and_go_on, index=False),
         _engine("follow", closed_store, _follow),
+        REPAIR,
     )
 }
 """By name. A new part that works on the drive enters its scenario here."""
-
-__all__ = ["INDEX", "SCENARIOS"]

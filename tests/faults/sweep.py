@@ -185,6 +185,8 @@ class Scenario:
     start: Callable[[FaultyDevice], Any]
     act: Callable[[World], None]
     verify: Callable[[World], None]
+    runs: int = 60
+    """How many failures the default run tries; the slow tests try every one."""
 
     def world(self, faults: Iterable[Fault] = ()) -> World:
         memory = self.drive().crash(keep="all")
@@ -228,16 +230,13 @@ def injections(scenario: Scenario, seed: int) -> list[Injection]:
 
 
 def sample(everything: list[Injection], count: int, seed: int) -> list[Injection]:
-    """At most ``count`` of them, the same for a seed: one of each kind and one on each path first, then whatever chance draws."""
+    """``count`` of them, the same for a seed: one of each kind first, then one on each path, then whatever chance draws."""
     chance = random.Random(seed)
     drawn = list(everything)
     chance.shuffle(drawn)
-    first: dict[Any, Injection] = {}
-    for injection in drawn:
-        first.setdefault(injection.kind, injection)
-        first.setdefault((injection.operation, injection.path), injection)
-    chosen = list(dict.fromkeys([*first.values(), *drawn]))
-    return sorted(chosen[: max(count, len(first))])
+    kinds = {injection.kind: injection for injection in drawn}
+    paths = {(injection.operation, injection.path): injection for injection in drawn}
+    return sorted(list(dict.fromkeys([*kinds.values(), *paths.values(), *drawn]))[:count])
 
 
 # --- one run --------------------------------------------------------------------------------------------------------------
