@@ -121,7 +121,8 @@ class BlockCheck:
             self.readable = False
             return
         stored, padding = piece.data[: entry[0]], piece.data[entry[0] :]
-        self._padding += int(np.count_nonzero(padding))
+        if padding.size:
+            self._padding += int(np.count_nonzero(padding))
         if self.findings:  # one finding a block is enough; the padding is still looked at
             return
         header = self.header

@@ -51,7 +51,7 @@ class IndexView(Protocol):
 
     def state(self) -> IndexState: ...
 
-    def get_many(self, idents: Sequence[bytes]) -> list[Row | None]:
+    def get_many(self, idents: Sequence[bytes]) -> Sequence[Row | None]:
         """Entries of keys (namespace digest and block key), in their order."""
         ...
 
