@@ -280,7 +280,8 @@ def test_a_block_that_was_given_up_and_not_deleted_may_come_back_whole(scene: Sc
     scene.put(b"k", 1)
     evict_but_keep_the_file(scene, b"k")
     scene.rig.crash(lose_index=True)
-    scene.assert_holds(b"k", 1)
+    if read(scene.space, b"k", SIZE)[0] is not Status.MISS:  # a later segment may say already that this one was freed
+        scene.assert_holds(b"k", 1)
 
 
 @CRASHES
