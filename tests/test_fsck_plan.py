@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
 
 from kvlode.format.errors import InvalidConfig
 from kvlode.format.layout import segment_name
+from kvlode.tools.fsck.check_index import NO_SUCH_SEGMENT
 from kvlode.tools.fsck.consent import agrees, check_consent_possible
 from kvlode.tools.fsck.findings import Finding, Report
 from kvlode.tools.fsck.plan import TARGETED_MAX, Plan, make_plan
@@ -90,6 +92,16 @@ def test_blocks_whose_delete_may_be_lost_do_not_come_back(loss: str) -> None:
     lossy = make_plan(report, lossy=True)
     assert [action.segment_id for action in lossy.actions] == [2, 5], "the loss stays visible until what it makes doubtful is given up"
     assert lossy.actions[0].cut == {8192} and lossy.actions[0].doubtful == 1
+
+
+def test_a_segment_that_is_gone_is_a_loss_too() -> None:
+    gone = dataclasses.replace(found("IDX-DANGLING", 5, 4096), facts={"error": NO_SUCH_SEGMENT, "key": ""})
+    before, behind = found("IDX-ORPHAN", 2, 8192), found("IDX-ORPHAN", 7, 8192)
+    careful = make_plan(report_of(gone, before, behind), lossy=False)
+    assert [action.findings for action in careful.actions] == [(behind,)], "the entry stays: it shows the loss to the next run"
+    lossy = make_plan(report_of(gone, before, behind), lossy=True)
+    assert steps(lossy) == [(Repair.RESEAL, 2)] and lossy.index_follows
+    assert steps(make_plan(report_of(gone, behind), lossy=False)) == [(Repair.DROP_ENTRIES, None), (Repair.ADD_ENTRIES, None)]
 
 
 def test_without_an_index_nothing_knows_of_lost_deletes() -> None:

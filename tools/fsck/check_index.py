@@ -26,6 +26,8 @@ from .source import SegmentReader
 
 INDEX_PATH = "index"
 LOOKUPS_PER_BATCH = 500
+NO_SUCH_SEGMENT = "there is no such segment"
+"""What is wrong with an entry whose whole segment is gone; whatever else was in that segment is lost with it."""
 _SAME_FIELDS = ("version_seq", "record_seq", "expires_at_ns", "payload_checksum", "raw_length", "stored_length")
 
 
@@ -209,7 +211,7 @@ def name_dangling(
             stop.check()
         if row is None or row.segment_id not in suspects:
             continue
-        error = "there is no such segment" if row.segment_id in absent else missing(row.segment_id, ident, row)
+        error = NO_SUCH_SEGMENT if row.segment_id in absent else missing(row.segment_id, ident, row)
         if error is not None:
             facts = {"key": ident[16:].hex(), "error": error}
             add(Finding("IDX-DANGLING", INDEX_PATH, row.segment_id, row.offset, ident=ident, facts=facts))

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from .check_index import NO_SUCH_SEGMENT
 from .findings import Finding, Report
 from .problems import Repair, Severity
 
@@ -111,9 +112,14 @@ def _file_actions(report: Report, lossy: bool, doubtful: list[Finding], left: li
     return sorted(actions, key=_place_in_order)
 
 
+def _is_loss(finding: Finding) -> bool:
+    """Whether records of unknown content are lost; so is a segment that entries point to and that is not there."""
+    return finding.id in _LOSS or (finding.id == "IDX-DANGLING" and finding.facts.get("error") == NO_SUCH_SEGMENT)
+
+
 def _place_in_order(action: Action) -> tuple[int, int, int, str]:
     """By kind; and segments that give up doubtful records before the loss that makes them doubtful is sealed over and forgotten."""
-    lost = any(finding.id in _LOSS for finding in action.findings)
+    lost = any(_is_loss(finding) for finding in action.findings)
     if action.repair is Repair.SET_ASIDE and lost:
         return len(_FILE_ORDER), 0, action.segment_id or 0, action.path
     return _FILE_ORDER.index(action.repair), int(lost), action.segment_id or 0, action.path
@@ -121,7 +127,7 @@ def _place_in_order(action: Action) -> tuple[int, int, int, str]:
 
 def _gives_up(findings: Iterable[Finding], doubted: set[int | None]) -> bool:
     """Whether the repair of one file for these findings loses something: a record, or the trace of lost deletes."""
-    return any(not f.problem.lossless or (f.id in _LOSS and bool(doubted)) for f in findings)
+    return any(not f.problem.lossless or (_is_loss(f) and bool(doubted)) for f in findings)
 
 
 def _cuts(finding: Finding) -> bool:
@@ -139,7 +145,7 @@ def _doubtful(report: Report) -> list[Finding]:
     """
     if any(f.problem.repair is Repair.REBUILD_INDEX for f in report.findings):
         return []
-    losses = [(f.segment_id, (f.offset or 0) + (f.length or 0) if f.id == "REC-GAP" else 1 << 62) for f in report.findings if f.id in _LOSS]
+    losses = [(f.segment_id, (f.offset or 0) + (f.length or 0) if f.id == "REC-GAP" else 1 << 62) for f in report.findings if _is_loss(f)]
     last = max(((segment, end) for segment, end in losses if segment is not None), default=(-1, 0))
     return [f for f in report.findings if f.id == "IDX-ORPHAN" and (f.segment_id or 0, f.offset or 0) < last]
 
@@ -156,6 +162,8 @@ def _index_actions(report: Report, lossy: bool, doubtful: list[Finding], has_ind
         if finding.problem.repair in (Repair.DROP_ENTRIES, Repair.ADD_ENTRIES, Repair.REBUILD_INDEX):
             if finding.id == "IDX-ORPHAN" and (finding.segment_id, finding.offset) in doubted:
                 continue
+            if doubted and not lossy and _is_loss(finding):
+                continue  # it is what shows that something is lost
             wanted[finding.problem.repair].append(finding)
     if doubtful and not lossy:
         left.append(f"index: {len(doubtful)} records are not added, their delete may be among what was lost; --repair=lossy gives them up")
