@@ -23,7 +23,8 @@ from .options import CheckOptions, Level, Progress, Silence, Stop, Stopped
 from .source import SegmentReader, SegmentRef, list_segments, opened
 from .stream import WINDOW_BYTES, WINDOWS
 
-CHECK_THREADS_MIN = 2
+CHECK_THREADS_MIN = 4
+"""More than there are cores on a small machine: a thread that waits for the interpreter leaves its core to another."""
 POOL_CLOSE_S = 30.0
 
 
