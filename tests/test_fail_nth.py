@@ -64,6 +64,23 @@ def test_one_line_repeats_a_failure(seed: int) -> None:
     assert outcome.struck and not outcome.problems, "\n".join(outcome.problems)
 
 
+FOUND = {
+    "a short read dropped the block": "put-and-flush read /store/segments/0000000000000002.seg 1 short EIO once 1",
+    "a half-made spare segment was in the way for ever": "seal preallocate /store/segments/spare.new 1 error EIO once 1",
+    "a deleted block came back, its log unread": "open-after-crash sync /store/segments/0000000000000005.seg 1 error ENOSPC once 1",
+    "the checkpoint passed over flushed blocks": "open-after-crash read /store/segments/0000000000000004.seg 4 error EIO once 1",
+    "a rebuilt index passed over a segment": "rebuild-the-index open /store/segments/0000000000000002.seg 2 error EIO once 1",
+}
+"""What was wrong once, and the failure that showed it."""
+
+
+@pytest.mark.parametrize("what", sorted(FOUND))
+def test_what_was_found_stays_mended(what: str) -> None:
+    injection = Injection.parse(FOUND[what])
+    outcome = run(SCENARIOS[injection.scenario], injection)
+    assert outcome.struck and not outcome.problems, "\n".join(outcome.problems)
+
+
 @pytest.mark.parametrize(("operation", "effect", "words"), [("sync", Effect.LOST, "is gone"), ("read", Effect.BIT_FLIP, "CORRUPT")])
 def test_the_sweep_notices_a_drive_that_lies(operation: str, effect: Effect, words: str, seed: int) -> None:
     """What no store can make good must show, or the oracle is blind."""
