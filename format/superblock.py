@@ -89,6 +89,8 @@ class Superblock:
 
 def _check_values(values: dict[str, int], where: object) -> None:
     stripe_bytes = values["stripe_bytes_default"]
+    if values["write_version"] < 1:
+        raise CorruptRecord("write-version", where=where, expected="version >= 1", actual=values["write_version"])
     if values["alignment_log2"] != ALIGNMENT_LOG2:
         raise CorruptRecord("alignment", where=where, expected=ALIGNMENT_LOG2, actual=values["alignment_log2"])
     if stripe_bytes % PAGE_BYTES or not PAGE_BYTES <= stripe_bytes <= BLOCK_BYTES_MAX:

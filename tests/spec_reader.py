@@ -77,7 +77,10 @@ def read_superblock(data: bytes) -> dict[str, Any]:
     need(reserved == 0 and not any(data[68:4088]), "reserved")
     if incompat:
         raise Unsupported("incompat")
-    need(alignment == 12 and any(uuid) and stripe_bytes % PAGE == 0 and PAGE <= stripe_bytes <= 1 << 30, "valid fields")
+    need(
+        write_version >= 1 and alignment == 12 and any(uuid) and stripe_bytes % PAGE == 0 and PAGE <= stripe_bytes <= 1 << 30,
+        "valid fields",
+    )
     return {
         "store_uuid": uuid.hex(),
         "created_at_ns": created,
