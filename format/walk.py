@@ -136,7 +136,10 @@ def _where(segment_id: int, offset: int) -> str:
 
 
 def check_payload(read: Read, header: RecordHeader) -> None:
-    """Read a record's payload, a stripe at a time, and raise ``CorruptRecord`` unless every checksum matches. Decodes nothing."""
+    """Read a record's payload, a stripe at a time, and raise ``CorruptRecord`` unless every checksum matches. Decodes nothing.
+
+    Only the stripes of a known type were bounded when the header was parsed; those of a type to skip are bounded here.
+    """
     start = header.offset + PAGE_BYTES
     if header.record_type == RecordType.SEAL:
         pieces = [(0, header.stored_length, header.raw_checksum)]
@@ -144,6 +147,13 @@ def check_payload(read: Read, header: RecordHeader) -> None:
         lengths, checksums = header.stripes["stored_length"].tolist(), header.stripes["checksum"].tolist()
         pieces = list(zip(stripe_offsets(header.stripes).tolist(), lengths, checksums, strict=True))
     for index, (offset, length, checksum) in enumerate(pieces):
+        if offset + length > header.stored_length:
+            raise CorruptRecord(
+                "stripe-entry",
+                where=f"{_where(header.segment_id, header.offset)} stripe {index}",
+                expected=f"an end within {header.stored_length} stored bytes",
+                actual=offset + length,
+            )
         stored = read(start + offset, length)
         actual = xxh3_64(stored)
         if len(stored) != length or actual != checksum:
