@@ -7,6 +7,7 @@ import os
 import re
 import time
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal, Protocol
 
 from ..format.errors import InvalidConfig
@@ -14,7 +15,10 @@ from ..format.layout import PAGE_BYTES, Codec
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 _UNITS = {"": 1, "b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "tib": 1 << 40, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*\Z")
+_SIZE = re.compile(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([a-zA-Z]*)\s*\Z", re.ASCII)
+
+_SHOWN_MAX = 80
+"""Characters of a text that is no size that its error repeats."""
 
 SEGMENT_BYTES_MIN = 64 * KIB
 SEGMENTS_MIN = 16
@@ -27,11 +31,14 @@ def parse_bytes(size: int | str, name: str = "size") -> int:
         return size
     match = _SIZE.match(size) if isinstance(size, str) else None
     unit = _UNITS.get(match.group(2).lower()) if match else None
-    if match is None or unit is None or float(match.group(1)) <= 0:
+    size_bytes = int(Fraction(match.group(1)) * unit) if match is not None and unit is not None else 0
+    if size_bytes < 1:
         raise InvalidConfig(
-            f"{name} is not a size", expected="a positive number of bytes, or text such as '200GiB' or '64 MB'", actual=repr(size)
+            f"{name} is not a size",
+            expected="a positive number of bytes, or text such as '200GiB' or '64 MB'",
+            actual=repr(size)[:_SHOWN_MAX],
         )
-    return int(float(match.group(1)) * unit)
+    return size_bytes
 
 
 class Clock(Protocol):

@@ -13,9 +13,9 @@ from typing import Protocol
 from ...format.errors import InvalidConfig
 
 _UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)", re.IGNORECASE | re.ASCII)
-_SHARE = re.compile(r"(\d+)/(\d+)", re.ASCII)
-_PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%", re.ASCII)
+_SIZE = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)\s*([KMGT]?i?B?)", re.IGNORECASE | re.ASCII)
+_SHARE = re.compile(r"(\d{1,20})/(\d{1,20})", re.ASCII)
+_PERCENT = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)\s*%", re.ASCII)
 
 
 class Level(enum.StrEnum):
