@@ -205,8 +205,8 @@ class Keeper:
             return True
         if self._room_bytes() >= needed_bytes and self._make_spare(needed_bytes):
             return True
-        if self._room_bytes() >= needed_bytes and not self._leaving() and self._free_oldest():
-            return True  # the file system is full although the capacity is not used up
+        if self._writer_waits and self._room_bytes() >= needed_bytes and not self._leaving() and self._free_oldest():
+            return True  # the file system is full although the capacity is not used up: blocks that are being put are worth a segment
         self._give_up()
         return False
 

@@ -82,6 +82,24 @@ def test_a_full_drive_is_answered_by_reclaim(rig: Rig) -> None:
     assert rig.store.stats()["failure"] is None
 
 
+def test_a_drive_that_others_fill_costs_no_block_while_nothing_is_put(rig: Rig) -> None:
+    put_blocks(space_of(rig), 0, 20, SIZE)
+    assert rig.store.flush(WAIT_S)
+    opened = rig.counter("segments_opened")
+    full = inject(rig, "preallocate", errno=errno.ENOSPC, times=None, where=spare)
+    number = 20
+    while rig.counter("segments_opened") == opened:  # the spare that is there already is used up
+        put_blocks(space_of(rig), number, number + 1, SIZE)
+        assert rig.store.flush(WAIT_S)
+        number += 1
+    before = rig.counter("segments_freed")
+    for tries in range(5):  # the keeper looks again, as it does from time to time
+        hits = full.hits
+        rig.store._core.keeper.poke()
+        assert eventually(lambda hits=hits: full.hits > hits), f"no try {tries}"
+    assert rig.counter("segments_freed") == before
+
+
 def test_a_full_drive_with_nothing_to_free_refuses_puts_until_there_is_room(rig: Rig) -> None:
     assert eventually(lambda: rig.store._core.keeper._spare_bytes > 0)
     full = inject(rig, "preallocate", errno=errno.ENOSPC, times=None, where=spare)
