@@ -12,7 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..format.errors import DeviceError, StoreLocked, UnsupportedFormat
-from ..format.layout import INDEX_FOLDER, LOCK_NAME, PAGE_BYTES, QUARANTINE_FOLDER, SEGMENTS_FOLDER, STRIPE_BYTES_DEFAULT, SUPERBLOCK_NAME
+from ..format.layout import (
+    INDEX_FOLDER,
+    LOCK_NAME,
+    PAGE_BYTES,
+    QUARANTINE_FOLDER,
+    SCRUB_NAME,
+    SEGMENTS_FOLDER,
+    STRIPE_BYTES_DEFAULT,
+    SUPERBLOCK_NAME,
+)
 from ..format.superblock import Superblock
 from ..gds.buffers import aligned_array
 from ..gds.device import Device, DeviceLock
@@ -133,6 +142,7 @@ def _check_folder(device: Device, path: str) -> None:
 
 
 _OWN_NAMES = {SUPERBLOCK_NAME + ".tmp", LOCK_NAME, FOLLOWERS_NAME, SEGMENTS_FOLDER, INDEX_FOLDER, QUARANTINE_FOLDER, HEAT_NAME}
+_OWN_NAMES |= {SCRUB_NAME, SCRUB_NAME + ".tmp"}
 
 
 def _take_lock(device: Device, path: str, config: StoreConfig) -> DeviceLock | None:

@@ -117,9 +117,15 @@ class RecordPass:
     """Checks the records of segments one after the other, newest first. For one thread."""
 
     def __init__(
-        self, coverage: Coverage, add: Callable[[Finding], None], error: Callable[[str], None], progress: Progress, stop: Stop
+        self,
+        coverage: Coverage,
+        add: Callable[[Finding], None],
+        error: Callable[[str], None],
+        progress: Progress,
+        stop: Stop,
+        kills: Kills | None = None,
     ) -> None:
-        self.kills = Kills()
+        self.kills = kills if kills is not None else Kills()
         self._coverage = coverage
         self._add = add
         self._error = error

@@ -119,7 +119,7 @@ def _check_header(first: FirstPage, around: Surroundings, looked: Looked) -> Non
 def _look_sealed(reader: SegmentReader, around: Surroundings, looked: Looked) -> bool:
     """Whether the file ends in its own trailer; ``looked`` is filled then."""
     ref = reader.ref
-    trailer = _trailer(reader, around.store_uuid)
+    trailer = own_trailer(reader, around.store_uuid)
     if trailer is None:
         return False
     look = looked.look = SegmentLook(ref, sealed=True, listed=True, data_end=trailer.data_end, durable_bytes=ref.size_bytes)
@@ -150,7 +150,8 @@ def _look_sealed(reader: SegmentReader, around: Surroundings, looked: Looked) ->
     return True
 
 
-def _trailer(reader: SegmentReader, store_uuid: bytes) -> Trailer | None:
+def own_trailer(reader: SegmentReader, store_uuid: bytes) -> Trailer | None:
+    """The trailer that a sealed segment of this store and place ends in; ``None`` without one. Raises ``DeviceError``."""
     size_bytes = reader.ref.size_bytes
     if size_bytes % PAGE_BYTES or size_bytes < 2 * PAGE_BYTES:
         return None

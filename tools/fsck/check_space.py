@@ -11,6 +11,7 @@ from ...format.layout import (
     INDEX_FOLDER,
     LOCK_NAME,
     QUARANTINE_FOLDER,
+    SCRUB_NAME,
     SEGMENTS_FOLDER,
     SUPERBLOCK_NAME,
 )
@@ -29,6 +30,8 @@ _OWN_NAMES = {
     LOCK_NAME,
     FOLLOWERS_NAME,
     HEAT_NAME,
+    SCRUB_NAME,
+    f"{SCRUB_NAME}.tmp",
     SEGMENTS_FOLDER,
     INDEX_FOLDER,
     QUARANTINE_FOLDER,

@@ -53,7 +53,7 @@ def explain(wanted: str) -> int:
 def run_fsck(request: Request, make_source: SourceMaker) -> int:
     """Check, repair if that was asked for and agreed to, print; returns the exit code. The summary appears in any case."""
     stop = Stop()
-    with _interrupts_ask(stop):
+    with interrupts_ask(stop):
         session = _Session(request, stop)
         try:
             session.run(make_source)
@@ -155,7 +155,7 @@ class _Session:
 
 
 @contextlib.contextmanager
-def _interrupts_ask(stop: Stop) -> Iterator[None]:
+def interrupts_ask(stop: Stop) -> Iterator[None]:
     """SIGINT and SIGTERM ask the check to end at the next safe place; a second SIGINT does not wait for that."""
 
     def ask(number: int, frame: FrameType | None) -> None:

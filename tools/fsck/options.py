@@ -18,6 +18,16 @@ _SHARE = re.compile(r"(\d{1,20})/(\d{1,20})", re.ASCII)
 _PERCENT = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)\s*%", re.ASCII)
 
 
+def parse_size(text: str) -> int | None:
+    """Bytes of ``4096``, ``20GiB`` or ``20G``; ``None`` for what is no size."""
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        return None
+    unit = match.group(2).upper()
+    factor = _UNITS.get(unit if unit.endswith("B") or not unit else f"{unit[0]}IB")
+    return None if factor is None else int(float(match.group(1)) * factor)
+
+
 class Level(enum.StrEnum):
     """How much is read. Each level includes the one before it."""
 
@@ -53,11 +63,8 @@ class Sample:
             number, total = int(match.group(1)), int(match.group(2))
             if 1 <= number <= total:
                 return cls(share=(number, total))
-        if match := _SIZE.fullmatch(text):
-            unit = match.group(2).upper()
-            size_bytes = int(float(match.group(1)) * _UNITS.get(unit if unit.endswith("B") or not unit else f"{unit[0]}IB", 0))
-            if size_bytes > 0:
-                return cls(size_bytes=size_bytes)
+        if size_bytes := parse_size(text):
+            return cls(size_bytes=size_bytes)
         raise InvalidConfig(
             "a sample that cannot be understood", expected="a share as 5%, n/t (1/10 to 10/10), or a size as 20GiB", actual=repr(text)
         )

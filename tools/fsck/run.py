@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator
 
 from ...format.errors import DeviceError, PathUnavailable, StoreLocked
-from ...format.layout import LOCK_NAME, PAGE_BYTES, SEGMENTS_FOLDER, SUPERBLOCK_NAME, parse_segment_name
-from ...gds.buffers import SlotPool
+from ...format.layout import LOCK_NAME, PAGE_BYTES, parse_segment_name
 from ...gds.device import Device
-from ...gds.threads import WorkerPool
-from .check_records import RecordPass, SegmentRecords, undescribed_namespaces
-from .check_segments import SegmentLook, Surroundings, load_table, look_at
+from .check_records import SegmentRecords
+from .check_segments import SegmentLook, Surroundings
 from .check_space import account, check_names, check_quarantine
 from .check_superblock import FirstPage, check_superblock, majority_uuid, read_first_pages
 from .findings import Finding, Report
 from .index_passes import IndexPasses
 from .index_view import IndexSource
 from .options import CheckOptions, Level, Progress, Silence, Stop, Stopped
-from .source import SegmentReader, SegmentRef, list_segments, opened
-from .stream import WINDOW_BYTES, WINDOWS
-
-CHECK_THREADS_MIN = 4
-"""More than there are cores on a small machine: a thread that waits for the interpreter leaves its core to another."""
-POOL_CLOSE_S = 30.0
+from .segment_passes import SegmentPasses, Workers
+from .source import SegmentReader, SegmentRef, list_segments, opened, require_store
 
 
 def check_store(
@@ -105,11 +98,11 @@ class _Run:
         self._looks: list[SegmentLook] = []
         """Usable segments, newest first."""
         self._stopped = ""
-        self._records = RecordPass(self.report.coverage, self.report.add, self.report.errors.append, progress, stop)
+        self._workers = Workers()
+        self._segments = SegmentPasses(self.report, progress, stop, self._workers)
+        self._records = self._segments.records
         now_ns = options.now_ns if options.now_ns is not None else time.time_ns()
         self._index = IndexPasses(device, source, self.report, self._records.kills, now_ns, stop, live=options.live)
-        self._slots: SlotPool | None = None
-        self._pool: WorkerPool | None = None
 
     def open(self) -> bool:
         """Whether ``path`` is a folder; raises when it is nothing that can be checked."""
@@ -122,22 +115,12 @@ class _Run:
             if not self.path.endswith(".seg"):
                 raise
             return False
-        if SUPERBLOCK_NAME not in self._names and SEGMENTS_FOLDER not in self._names:
-            raise PathUnavailable(
-                "this is not a kvlode store",
-                where=self.path,
-                expected=f"a folder with {SUPERBLOCK_NAME} and {SEGMENTS_FOLDER}/",
-                actual=", ".join(self._names[:5]) or "an empty folder",
-                action="Name the folder that was given to kvlode.open, or one of its segment files.",
-            )
+        require_store(self.path, self._names)
         return True
 
     def close(self) -> None:
         self._index.close()
-        if self._pool is not None:
-            self._pool.shutdown(POOL_CLOSE_S)
-        if self._slots is not None:
-            self._slots.close()
+        self._workers.close()
 
     # --- the passes ---------------------------------------------------------------------------------------------------
 
@@ -250,31 +233,21 @@ class _Run:
                 later_sealed, later_records = later_sealed or look.sealed, True
 
     def _look(self, first: FirstPage, around: Surroundings) -> SegmentLook | None:
-        ref, coverage = first.ref, self.report.coverage
+        ref = first.ref
         try:
             with opened(self._device, ref) as reader:
                 if reader is None:
                     return None
-                looked = look_at(reader, first, around)
+                looked = self._segments.look(reader, first, around)
         except DeviceError as error:
             self.report.errors.append(str(error))
             self._index.unjudged.add(ref.segment_id)
-            coverage.bytes_present += ref.size_bytes
+            self.report.coverage.bytes_present += ref.size_bytes
             return None
-        self._add_all(looked.findings)
         if looked.unsealed:
             self.report.skipped[f"segment {ref.name}"] = "not sealed: a running writer may be filling it"
             self._index.unjudged.add(ref.segment_id)
-            coverage.bytes_present += ref.size_bytes
-        else:
-            coverage.segments_checked += 1
-        look = looked.look
-        if look is not None:
-            coverage.bytes_present += look.bytes_present + look.log_bytes
-            coverage.bytes_checked += look.bytes_checked + look.damaged_bytes
-            coverage.records_present += look.record_count
-            self._progress.advance(look.bytes_checked, ref.name)
-        return look
+        return looked.look
 
     # --- records ------------------------------------------------------------------------------------------------------
 
@@ -294,7 +267,7 @@ class _Run:
             try:
                 with opened(self._device, look.ref) as reader:
                     if reader is not None:
-                        judge(reader, SegmentRecords(look, load_table(reader, look, self._uuid), self._uuid))
+                        judge(reader, self._segments.load(reader, look, self._uuid))
             except DeviceError as error:
                 self.report.errors.append(str(error))
                 self._index.unjudged.add(look.ref.segment_id)
@@ -304,10 +277,7 @@ class _Run:
         self._progress.begin("record walk", sum(look.record_count for look in walked) * PAGE_BYTES)
 
         def judge(reader: SegmentReader, records: SegmentRecords) -> None:
-            self._records.kills.add(records.table)
-            look = records.look  # what is neither a record nor damage is dead space that a seal leaves out
-            self.report.coverage.bytes_present += sum(records.lengths) + look.damaged_bytes - look.log_bytes
-            self._add_all(undescribed_namespaces(records))
+            self._segments.begin(records)
             if records.ref.segment_id not in payload_ids:
                 self._records.walk(reader, records)
 
@@ -316,9 +286,7 @@ class _Run:
     def _read_payloads(self, payload_ids: set[int]) -> None:
         chosen = [look for look in self._looks if look.ref.segment_id in payload_ids]
         self._progress.begin("payloads", sum(look.data_end - PAGE_BYTES for look in chosen))
-        slots = self._slots = SlotPool(WINDOW_BYTES, WINDOWS * WINDOW_BYTES)
-        pool = self._pool = WorkerPool("kvlode-fsck", max(CHECK_THREADS_MIN, os.cpu_count() or 1))
-        self._each(chosen, lambda reader, records: self._records.read(reader, records, slots, pool))
+        self._each(chosen, self._segments.read)
 
     # --- index --------------------------------------------------------------------------------------------------------
 

@@ -39,6 +39,11 @@ def problem_json(finding: Finding) -> str:
     return json.dumps(line, default=str)
 
 
+def finding_line(finding: Finding) -> str:
+    """One line for people."""
+    return printable(f"{finding.problem.severity:8} {finding.id}: {finding.text}")
+
+
 def summary_json(report: Report, exit_code: int) -> str:
     """The last line of ``--json``."""
     coverage = report.coverage
@@ -77,7 +82,7 @@ def report_lines(report: Report, exit_code: int) -> Iterator[str]:
     for finding in sorted(report.findings, key=lambda f: (order[f.problem.severity], f.id)):
         shown[finding.id] = shown.get(finding.id, 0) + 1
         if shown[finding.id] <= LINES_PER_PROBLEM:
-            yield printable(f"{finding.problem.severity:8} {finding.id}: {finding.text}")
+            yield finding_line(finding)
         elif shown[finding.id] == LINES_PER_PROBLEM + 1:
             yield f"{finding.problem.severity:8} {finding.id}: and {report.counts[finding.id] - LINES_PER_PROBLEM:,} more"
     for error in report.errors:

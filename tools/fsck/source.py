@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from ...format.errors import DeviceError
-from ...format.layout import PAGE_BYTES, SEGMENTS_FOLDER, parse_segment_name, round_up_pages
+from ...format.errors import DeviceError, PathUnavailable
+from ...format.layout import PAGE_BYTES, SEGMENTS_FOLDER, SUPERBLOCK_NAME, parse_segment_name, round_up_pages
 from ...gds.buffers import ByteArray, aligned_array
 from ...gds.device import Device, DeviceFile
 
@@ -32,6 +32,18 @@ class SegmentRef:
     """For messages: relative to the store."""
     size_bytes: int
     allocated_bytes: int
+
+
+def require_store(path: str, names: Sequence[str]) -> None:
+    """Raises ``PathUnavailable`` when a folder with these names in it is no store."""
+    if SUPERBLOCK_NAME not in names and SEGMENTS_FOLDER not in names:
+        raise PathUnavailable(
+            "this is not a kvlode store",
+            where=path,
+            expected=f"a folder with {SUPERBLOCK_NAME} and {SEGMENTS_FOLDER}/",
+            actual=", ".join(names[:5]) or "an empty folder",
+            action="Name the folder that was given to kvlode.open, or one of its segment files.",
+        )
 
 
 def list_segments(device: Device, store_path: str) -> tuple[list[SegmentRef], list[str]]:

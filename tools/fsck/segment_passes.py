@@ -1,0 +1,84 @@
+"""The passes over one segment: what it is, its records, every byte of them. A check of a store and a scrub both go through here."""
+
+from __future__ import annotations
+
+import os
+
+from ...gds.buffers import SlotPool
+from ...gds.threads import WorkerPool
+from .check_records import RecordPass, SegmentRecords, undescribed_namespaces
+from .check_segments import Looked, SegmentLook, Surroundings, load_table, look_at
+from .check_superblock import FirstPage
+from .findings import Report
+from .kills import Kills
+from .options import Progress, Stop
+from .source import SegmentReader
+from .stream import WINDOW_BYTES, WINDOWS
+
+CHECK_THREADS_MIN = 4
+"""More than there are cores on a small machine: a thread that waits for the interpreter leaves its core to another."""
+POOL_CLOSE_S = 30.0
+
+
+class Workers:
+    """The memory that payloads are read into and the threads that check them; made when they are first used. ``close`` them."""
+
+    def __init__(self) -> None:
+        self._made: tuple[SlotPool, WorkerPool] | None = None
+
+    def get(self) -> tuple[SlotPool, WorkerPool]:
+        """Both, for one segment at a time."""
+        if self._made is None:
+            threads = max(CHECK_THREADS_MIN, os.cpu_count() or 1)
+            self._made = (SlotPool(WINDOW_BYTES, WINDOWS * WINDOW_BYTES), WorkerPool("kvlode-fsck", threads))
+        return self._made
+
+    def close(self) -> None:
+        """Bounded by ``POOL_CLOSE_S``."""
+        if self._made is not None:
+            slots, pool = self._made
+            pool.shutdown(POOL_CLOSE_S)
+            slots.close()
+
+
+class SegmentPasses:
+    """Passes over segments, counted and reported in ``report``. Methods may raise ``DeviceError`` and ``Stopped``. For one thread."""
+
+    def __init__(self, report: Report, progress: Progress, stop: Stop, workers: Workers, kills: Kills | None = None) -> None:
+        self.records = RecordPass(report.coverage, report.add, report.errors.append, progress, stop, kills)
+        self._report = report
+        self._progress = progress
+        self._workers = workers
+
+    def look(self, reader: SegmentReader, first: FirstPage, around: Surroundings) -> Looked:
+        """Header and seal of a segment."""
+        looked = look_at(reader, first, around)
+        coverage, look = self._report.coverage, looked.look
+        for finding in looked.findings:
+            self._report.add(finding)
+        if looked.unsealed:
+            coverage.bytes_present += reader.ref.size_bytes
+        else:
+            coverage.segments_checked += 1
+        if look is not None:
+            coverage.bytes_present += look.bytes_present + look.log_bytes
+            coverage.bytes_checked += look.bytes_checked + look.damaged_bytes
+            coverage.records_present += look.record_count
+            self._progress.advance(look.bytes_checked, reader.ref.name)
+        return looked
+
+    def load(self, reader: SegmentReader, look: SegmentLook, store_uuid: bytes) -> SegmentRecords:
+        """Its records, from its table of contents where that is good."""
+        return SegmentRecords(look, load_table(reader, look, store_uuid), store_uuid)
+
+    def begin(self, records: SegmentRecords) -> None:
+        """To be called once, before the records of a segment are walked or read."""
+        look = records.look  # what is neither a record nor damage is dead space that a seal leaves out
+        self.records.kills.add(records.table)
+        self._report.coverage.bytes_present += sum(records.lengths) + look.damaged_bytes - look.log_bytes
+        for finding in undescribed_namespaces(records):
+            self._report.add(finding)
+
+    def read(self, reader: SegmentReader, records: SegmentRecords) -> None:
+        """Every byte of every record, decoded."""
+        self.records.read(reader, records, *self._workers.get())
