@@ -192,7 +192,7 @@ def find_seal(read: Read, size_bytes: int, *, store_uuid: bytes, segment_id: int
     Raises ``CorruptRecord`` when the trailer is intact but the table is not: the segment is sealed, and its records must
     be walked. Records that end behind ``Trailer.synced_bytes`` may be missing after a crash; check their payloads.
     """
-    if size_bytes % PAGE_BYTES or size_bytes < 2 * PAGE_BYTES:
+    if size_bytes % PAGE_BYTES or not size_bytes:
         return None
     where = _where(segment_id, size_bytes - PAGE_BYTES)
     try:

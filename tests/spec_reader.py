@@ -273,17 +273,27 @@ def read_trailer(data: bytes, place: dict[str, Any]) -> dict[str, Any] | None:
 def read_toc(data: bytes, trailer: dict[str, Any]) -> list[dict[str, Any]]:
     toc = data[trailer["toc_offset"] : trailer["toc_offset"] + trailer["toc_bytes"]]
     need(f"{xxh(toc):016x}" == trailer["toc_checksum"], "toc checksum")
+    return parse_toc(toc, trailer["record_count"], trailer["data_end"])
+
+
+def parse_toc(toc: bytes, record_count: int, data_end: int) -> list[dict[str, Any]]:
+    need(len(toc) >= 64, "toc header")
     magic, version, header_bytes, columns, reserved, count, heap_bytes, reserved_1 = struct.unpack_from("<8sHHH2sQQ32s", toc)
-    need(magic == bytes.fromhex("894b56430d0a1a0a") and (version, header_bytes, columns) == (1, 64, 17), "toc header")
-    need(not any(reserved + reserved_1) and count == trailer["record_count"] and 120 * count <= len(toc), "toc header")
+    need(magic == bytes.fromhex("894b56430d0a1a0a"), "toc magic")
+    if version > 1:
+        raise Unsupported("newer version")
+    need((version, header_bytes, columns) == (1, 64, 17), "toc header")
+    need(not any(reserved + reserved_1) and count == record_count and 120 * count <= len(toc), "toc header")
     position, table = 64, {}
     for name, code in COLUMNS:
         size = struct.calcsize(code)
-        table[name] = [value for (value,) in struct.iter_unpack("<" + code, toc[position : position + size * count])]
         end = position + size * count
+        need(end <= len(toc), "a whole column")
+        table[name] = [value for (value,) in struct.iter_unpack("<" + code, toc[position:end])]
         position = up(end, 8)
         need(not any(toc[end:position]), "gap")
     need(sum(table["key_length"]) == heap_bytes and position + heap_bytes == len(toc), "key heap")
+    check_columns(table, data_end)
     rows = []
     for index in range(count):
         row = {name: table[name][index] for name, _ in COLUMNS}
@@ -292,6 +302,18 @@ def read_toc(data: bytes, trailer: dict[str, Any]) -> list[dict[str, Any]]:
         row["offset"] = row.pop("page") * PAGE
         rows.append(row)
     return [row_values(row) for row in rows]
+
+
+def check_columns(table: dict[str, list[Any]], data_end: int) -> None:
+    end = 1
+    for kind, codec, element, page, pages, raw, stored in zip(
+        *(table[name] for name in ("type", "codec", "element_size", "page", "record_pages", "raw_length", "stored_length")), strict=True
+    ):
+        need(kind not in (0, SEAL) and codec <= 2 and element in (1, 2, 4, 8), "type, codec, element size")
+        need(page >= end and pages >= 1, "growing pages")
+        need(raw <= 1 << 40 and stored <= 1 << 40 and up(stored, PAGE) == (pages - 1) * PAGE, "lengths")
+        end = page + pages
+    need(end * PAGE <= data_end, "records before the seal")
 
 
 def row_values(row: dict[str, Any]) -> dict[str, Any]:
