@@ -21,7 +21,7 @@ MINUTES ?= 60
 # What is passed on: make demo ARGS=--json, make test ARGS="-k recovery"
 ARGS ?=
 
-.PHONY: help setup demo test test-slow check soak bench gpu-check clean
+.PHONY: help setup demo test test-slow test-exhaustive check soak bench gpu-check clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -32,10 +32,13 @@ demo: $(VENV)/.installed ## keep a real model's prefix on disk and restore it in
 	$(BIN)/kvlode demo $(ARGS)
 
 test: $(VENV)/.installed-dev ## run the tests, without the slow ones
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not exhaustive" $(ARGS)
 
 test-slow: $(VENV)/.installed-dev ## run the slow tests (packages in clean environments, long random runs)
 	$(BIN)/python -m pytest -n $(JOBS) -m slow $(ARGS)
+
+test-exhaustive: $(VENV)/.installed-dev ## every case of what other tests sample: hours
+	$(BIN)/python -m pytest -n $(JOBS) -m exhaustive $(ARGS)
 
 check: $(VENV)/.installed-dev ## lint, and type-check the package strictly
 	$(BIN)/ruff check .
@@ -49,7 +52,10 @@ soak: $(VENV)/.installed-dev ## an hour of mixed work near the capacity cap, wit
 bench: $(VENV)/.installed ## measure this machine against a bare O_DIRECT loop
 	$(BIN)/kvlode bench $(ARGS)
 
-gpu-check: $(VENV)/.installed-dev ## on a machine with a GPU: device conformance and bandwidth by path
+gpu-test-exhaustive: $(VENV)/.installed-dev ## every case of what other tests sample: hours
+	$(BIN)/python -m pytest -n $(JOBS) -m exhaustive $(ARGS)
+
+check: $(VENV)/.installed-dev ## on a machine with a GPU: device conformance and bandwidth by path
 	$(BIN)/kvlode gpu-check --json gpu-check.json $(ARGS)
 
 clean: ## remove .venv and everything that was generated

@@ -44,7 +44,7 @@ def test_a_failed_operation_is_neither_a_hang_nor_a_leak_nor_a_lie(name: str, se
     assert sum(outcome.struck for outcome in sweep.outcomes) > len(sweep.outcomes) // 2, "the faults did not reach the store"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", sorted(SCENARIOS))
 def test_no_operation_at_all_may_fail_badly(name: str, seed: int) -> None:

@@ -77,7 +77,7 @@ def test_no_flipped_byte_of_a_small_store_gives_a_wrong_byte(seed: int) -> None:
     print(f"seed {seed}: {FLIPS} flips: {flip_and_read(healthy, chosen, seed)}")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(3000)
 def test_no_flipped_byte_at_all_gives_a_wrong_byte(seed: int) -> None:
     healthy = tiny()
@@ -156,7 +156,7 @@ def test_no_flipped_byte_of_the_index_gives_a_wrong_byte_or_loses_a_block(folder
     print(f"seed {seed}: {flip_index(folder, tmp_path, seed, INDEX_FLIPS)}")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
 def test_no_flipped_byte_of_the_index_gives_a_wrong_byte_in_many_tries(folder: StoreUnderTest, tmp_path: Path, seed: int) -> None:
     print(f"seed {seed}: {flip_index(folder, tmp_path, seed + 1, 600)}")

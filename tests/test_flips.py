@@ -300,7 +300,7 @@ def test_a_flip_costs_what_the_specification_says_and_no_more(name: str, seed: i
     assert wrong_after(name, places) == []
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", FILES)
 def test_a_flip_in_every_byte_costs_what_the_specification_says_and_no_more(name: str, seed: int) -> None:
@@ -341,7 +341,7 @@ def test_a_file_cut_at_any_length_is_torn_and_keeps_the_records_before_the_cut()
     assert wrong_lengths(log, range(len(log.sealed()))) == []
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1200)
 def test_a_file_with_every_type_cut_at_any_length_is_torn_and_keeps_the_records_before_the_cut() -> None:
     assert wrong_lengths(LOG, range(len(SEALED))) == []

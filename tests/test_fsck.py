@@ -269,7 +269,7 @@ def test_a_flipped_byte_is_found_where_it_is(seed: int) -> None:
     assert not target.check().counts
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(3600)
 def test_every_flipped_byte_is_found_where_it_is(seed: int) -> None:
     """All bytes of a store. Pages that do not hide each other's damage are damaged at once: one page of each record, for example."""

@@ -148,7 +148,7 @@ def operations_of(case: Damaged) -> list[str]:
     return seen
 
 
-@pytest.mark.parametrize("keep", ["none", pytest.param("random", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("keep", ["none", pytest.param("random", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_power_may_be_cut_at_any_operation(case: Fixture, keep: Literal["none", "random"], pristine: StoreUnderTest, seed: int) -> None:
     one = damaged(case, pristine)
@@ -192,7 +192,7 @@ def failing(nth: int, times: int | None, code: int) -> Callable[[str, str], None
 
 
 @pytest.mark.parametrize(
-    ("times", "code"), [(1, errno.EIO), pytest.param(None, errno.ENOSPC, marks=pytest.mark.slow)], ids=["once", "full"]
+    ("times", "code"), [(1, errno.EIO), pytest.param(None, errno.ENOSPC, marks=pytest.mark.exhaustive)], ids=["once", "full"]
 )
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("case", FEW, ids=str)
