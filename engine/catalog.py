@@ -92,8 +92,9 @@ class Catalog:
         return True
 
     def load_floors(self) -> None:
-        """Put drops in force that an earlier process did not finish working off."""
-        self._floors = {key[len(_FLOOR_PREFIX) :]: _FLOOR.unpack(value)[0] for key, value in self.index.scan(_FLOOR_PREFIX)}
+        """Put drops in force that an earlier process did not finish working off. Raises ``IndexDamaged``."""
+        found = self.index.scan(_FLOOR_PREFIX)
+        self._floors = {key[len(_FLOOR_PREFIX) :]: _unpacked(_FLOOR, value, "drop floor")[0] for key, value in found}
 
     @property
     def floors(self) -> dict[bytes, int]:
@@ -183,8 +184,9 @@ class Catalog:
         return self._read_meta(_IDENTITY_KEY)
 
     def checkpoint(self) -> Checkpoint | None:
+        """How far the log is in the index, ``None`` for a new one. Raises ``IndexDamaged``."""
         value = self._read_meta(_CHECKPOINT_KEY)
-        return None if value is None else Checkpoint(*_CHECKPOINT.unpack(value))
+        return None if value is None else Checkpoint(*_unpacked(_CHECKPOINT, value, "checkpoint"))
 
     @staticmethod
     def checkpoint_change(checkpoint: Checkpoint) -> tuple[bytes, bytes]:
@@ -197,6 +199,18 @@ class Catalog:
     @staticmethod
     def floor_change(namespace: bytes, floor_seq: int | None) -> tuple[bytes, bytes | None]:
         return _FLOOR_PREFIX + namespace, None if floor_seq is None else _FLOOR.pack(floor_seq)
+
+
+def _unpacked(layout: struct.Struct, value: bytes, what: str) -> tuple[int, ...]:
+    """The integers of one of the store's own entries. Raises ``IndexDamaged`` for a value of another size."""
+    if len(value) != layout.size:
+        raise IndexDamaged(
+            f"index {what} of an unknown layout",
+            expected=f"{layout.size} bytes",
+            actual=f"{len(value)} bytes",
+            action="Rebuild the index from the segments.",
+        )
+    return layout.unpack(value)
 
 
 def _unexpired(value: bytes, now_ns: int) -> bool:
