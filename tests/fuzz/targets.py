@@ -65,6 +65,7 @@ TEXTS = [
 ]
 KEYS = [b"\x05key-1", bytes(range(200)) * 2, b"\0" + TEXTS[12]]
 ENTRIES = [bytes([1]) + bytes(ENTRY_BYTES - 1), bytes([1]) * ENTRY_BYTES, b""]
+NOTES = [bytes(range(24)), bytes(8), b""]
 BLOCKS = [b"\0\0", b"\1\0" + b"words " * 99, b"\2\1" + floats("fuzz", 4096, 2), b"\2\3" + bytes(800)]
 _FILE_BYTES_MAX = 24 * PAGE_BYTES
 
@@ -116,6 +117,7 @@ _ALL = (
     _text("sample", values.run_sample),
     _text("identifiers", values.run_identifiers),
     Target("index-entry", values.run_index_entry, lambda: ENTRIES, refusals=(IndexDamaged,), input_bytes_max=512),
+    Target("index-notes", values.run_index_notes, lambda: NOTES, refusals=(IndexDamaged,), input_bytes_max=64),
     _codec("codec-raw", Codec.RAW),
     _codec("codec-zstd", Codec.ZSTD),
     _codec("codec-planes", Codec.PLANES_ZSTD),

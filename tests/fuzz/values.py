@@ -10,8 +10,12 @@ import numpy as np
 import make_vectors
 import spec_reader
 from fuzz.oracle import both, same
+from kvlode.engine.catalog import META_PREFIX, Catalog
 from kvlode.engine.config import parse_bytes
+from kvlode.engine.index import IndexDamaged
 from kvlode.engine.index_entry import IndexEntry, expires_and_version
+from kvlode.engine.index_memory import MemoryIndex
+from kvlode.engine.stats import Counters
 from kvlode.format.checksum import xxh3_64
 from kvlode.format.codec import choose_codec, decode_stripe, encode_stripe
 from kvlode.format.errors import CorruptRecord, InvalidConfig
@@ -96,6 +100,21 @@ def run_index_entry(data: bytes) -> str:
     same(entry.pack(), data, "index entry packed again")
     same(expires_and_version(data), (entry.expires_at_ns, entry.version_seq), "the two fields read alone")
     return "an entry"
+
+
+def run_index_notes(data: bytes) -> str:
+    """The store's own entries in the index: the bytes as its checkpoint, and as the floor of a dropped namespace."""
+    catalog = Catalog(MemoryIndex(dict.fromkeys((META_PREFIX + b"checkpoint", META_PREFIX + b"floor/" + bytes(16)), data)), Counters())
+    try:
+        checkpoint = catalog.checkpoint()
+        assert checkpoint is not None
+        same(Catalog.checkpoint_change(checkpoint)[1], data, "checkpoint packed again")
+        return "a checkpoint"
+    except IndexDamaged:
+        catalog.load_floors()
+        (floor,) = catalog.floors.values()
+        same(Catalog.floor_change(bytes(16), floor)[1], data, "floor packed again")
+        return "a floor"
 
 
 # --- codecs ------------------------------------------------------------------------------------------------------------------
