@@ -35,6 +35,7 @@ from rocksdict import (
 from ..format.errors import DeviceError, KvlodeError, NoSpace, StoreLocked
 from .index import BATCH_ENTRIES_MAX, IndexDamaged, IndexWriteError
 from .index_handle import RocksReader, claim_threads
+from .rocks_logs import check_logs
 
 logger = logging.getLogger("kvlode")
 
@@ -294,6 +295,7 @@ def destroy(path: str | os.PathLike[str]) -> None:
 
 
 def open_handle(folder: str, where: str, tuning: RocksTuning, access: AccessType) -> Rdict:
+    check_logs(folder, where)
     options = tuning.options()
     try:
         return Rdict(folder, options, {_COLUMN_FAMILY: options}, access)
