@@ -16,6 +16,7 @@ from ..format.errors import CorruptRecord, InvalidBlock, InvalidConfig, InvalidK
 from .exit_codes import EXIT_DAMAGE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE
 from .fsck_cli import FsckCommand, fsck
 from .inspect.command import app as inspect_app
+from .scrub_cli import scrub
 
 _CommandLineError: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 """What the parser raises for a command line it cannot take. Its home differs between versions of typer."""
@@ -33,6 +34,7 @@ app = typer.Typer(
 
 app.add_typer(inspect_app, name="inspect")
 app.command(cls=FsckCommand)(fsck)
+app.command()(scrub)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line.")]
 StorePath = Annotated[Path, typer.Argument(help="The store's folder.", show_default=False)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,6 +103,12 @@ class Report:
         self.counts[finding.id] += 1
         if self.counts[finding.id] <= FINDINGS_MAX:
             self.findings.append(finding)
+
+    def drop(self, findings: Sequence[Finding]) -> None:
+        """Take findings back that turned out to be none."""
+        places = {(finding.id, finding.path, finding.offset) for finding in findings}
+        self.findings = [finding for finding in self.findings if (finding.id, finding.path, finding.offset) not in places]
+        self.counts -= Counter(finding.id for finding in findings)
 
     @property
     def problems(self) -> int:
