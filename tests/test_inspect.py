@@ -822,3 +822,55 @@ def test_looking_at_the_heat_table_changes_nothing(folder: Path, tmp_path: Path)
     assert copy.read_bytes() == before
     assert HeatTable.view(copy, bytes(16)) is None, "the table of another store"
     assert HeatTable.view(tmp_path / "absent", uuid) is None
+
+
+# --- anything at all ----------------------------------------------------------------------------------------------------
+
+VECTORS = sorted((Path(__file__).parent / "vectors").glob("segment-*"))
+
+
+@pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: vector.name)
+def test_every_segment_of_the_test_vectors_is_read_as_the_specification_says(vector: Path, tmp_path: Path) -> None:
+    expected = json.loads((vector / "expected.json").read_text())
+    file = tmp_path / f"{expected['place']['segment_id']:016x}.seg"
+    shutil.copy(vector / "data.bin", file)
+    done = run_here("inspect", "segment", file, "--json")
+    assert done.code in (0, 4)
+    assert [row["offset"] for row in done.json["rows"]] == [record["offset"] for record in expected["expected"]["records"]]
+    for view in ("store", "segments", "namespaces", "hexdump"):
+        assert run_here("inspect", view, file).code in (0, 4)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_damage_never_stops_a_view(copy: Path, tmp_path: Path, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    print("seed", seed)
+    places = [path for path in sorted(copy.rglob("*")) if path.is_file() and path.stat().st_size and path.name != "LOG"]
+    for file in random.choice(np.array(places, dtype=object), size=4):
+        data = bytearray(file.read_bytes())
+        for _ in range(int(random.integers(1, 20))):
+            start = int(random.integers(0, len(data)))
+            if random.integers(0, 2):
+                start -= start % PAGE_BYTES  # headers are where it hurts
+                start += int(random.integers(0, 512))
+            data[start : start + 8] = random.bytes(8)[: max(0, len(data) - start)]
+        file.write_bytes(bytes(data[: int(random.integers(1, len(data) + 1))]) if random.integers(0, 4) == 0 else data)
+    before = fingerprint(copy)
+    digest = descriptor(MODEL).digest.hex()
+    segment = ["--segment", segment_files(copy)[0].name]
+    views: list[list[object]] = [
+        ["store"],
+        ["segments"],
+        ["namespaces"],
+        ["index"],
+        ["diff"],
+        ["tree", "--namespace", digest],
+        ["segment", *segment],
+    ]
+    views += [["record", *segment, "--offset", page * PAGE_BYTES] for page in (1, 3, 4, 9)]
+    views.append(["export", TRUNK[0].hex(), BRANCHES[0][0].hex(), "--namespace", digest, "--to", tmp_path / "out"])
+    for view, *options in views:
+        done = run_here("inspect", view, copy, *options)
+        assert done.code in (0, 4, 8, 12, 16), done
+        assert len(done.err.splitlines()) <= 1
+    assert fingerprint(copy) == before

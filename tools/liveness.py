@@ -46,7 +46,9 @@ def ident_hashes(idents: Sequence[bytes]) -> _U64:
 
 
 class LogStates:
-    """Collects records of all segments (``add``), decides (``settle``), and answers. At most some 250 bytes of memory a block, while deciding.
+    """Collects records of all segments (``add``), decides (``settle``), and answers.
+
+    Takes at most some 250 bytes of memory a block, while deciding.
 
     Leftover segments and those of other stores must not be added.
     """

@@ -1,7 +1,8 @@
-"""``inspect index``: what the index says of itself and of blocks. Followed read-only; nothing in the store is made or changed."""
+"""``inspect index``: what the index says of itself and of blocks. Read-only; nothing in the store is made or changed."""
 
 from __future__ import annotations
 
+import struct
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +15,10 @@ from ...engine.catalog import META_PREFIX, Catalog
 from ...engine.index import IndexDamaged
 from ...engine.index_entry import IndexEntry
 from ...engine.index_rocksdb import RocksFollowerIndex
+from ...engine.index_snapshot import RocksSnapshotIndex
 from ...engine.stats import Counters
 from ...format.layout import INDEX_FOLDER
+from ..lock_state import has_writer
 from ..output import bytes_text, key_text, make_table, print_facts, print_left_out, print_problems, print_table, time_text
 from ..segment_view import codec_name
 from ..store_files import StoreFiles
@@ -25,12 +28,16 @@ _CACHE_BYTES = 16 << 20
 
 @contextmanager
 def opened_index(store: Path) -> Iterator[Catalog | None]:
-    """The store's index to read from; ``None`` when there is none. Raises ``IndexDamaged`` or ``DeviceError``."""
+    """The store's index to read from; ``None`` when there is none. Raises ``IndexDamaged`` or ``DeviceError``.
+
+    It is followed only beside a writer: a follower passes over tables that are missing, read-only mode tells of them.
+    """
     folder = store / INDEX_FOLDER
     if not folder.is_dir():
         yield None
         return
-    index = RocksFollowerIndex(folder, block_cache_bytes=_CACHE_BYTES)
+    kind = RocksFollowerIndex if has_writer(store) else RocksSnapshotIndex
+    index = kind(folder, block_cache_bytes=_CACHE_BYTES)
     try:
         yield Catalog(index, Counters())
     finally:
@@ -38,15 +45,19 @@ def opened_index(store: Path) -> Iterator[Catalog | None]:
 
 
 def own_facts(catalog: Catalog, store_uuid: bytes) -> dict[str, Any]:
-    """Identity, checkpoint and drop floors."""
-    identity, checkpoint = catalog.identity(), catalog.checkpoint()
-    catalog.load_floors()
+    """Identity, checkpoint and drop floors. Raises ``IndexDamaged``."""
+    try:
+        identity, checkpoint = catalog.identity(), catalog.checkpoint()
+        catalog.load_floors()
+    except struct.error as error:
+        raise IndexDamaged("the index's own entries cannot be read", expected="values of their layout", actual=str(error)) from error
+    place = None
+    if checkpoint is not None:
+        place = {"segment": f"{checkpoint.segment_id:016x}", "offset": checkpoint.offset, "sequence": checkpoint.sequence}
     return {
         "identity": None if identity is None else identity.hex(),
         "identity_matches": identity == store_uuid,
-        "checkpoint": None
-        if checkpoint is None
-        else {"segment": f"{checkpoint.segment_id:016x}", "offset": checkpoint.offset, "sequence": checkpoint.sequence},
+        "checkpoint": place,
         "floors": {digest.hex(): floor for digest, floor in catalog.floors.items()},
         "size_bytes": catalog.index.size_bytes(),
     }
