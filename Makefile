@@ -24,7 +24,7 @@ ARGS ?=
 .PHONY: help setup demo test test-slow test-exhaustive check soak bench gpu-check clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
 
 setup: $(VENV)/.installed-dev ## create .venv with everything that the demo, the tests and the checks need
 
@@ -52,10 +52,7 @@ soak: $(VENV)/.installed-dev ## an hour of mixed work near the capacity cap, wit
 bench: $(VENV)/.installed ## measure this machine against a bare O_DIRECT loop
 	$(BIN)/kvlode bench $(ARGS)
 
-gpu-test-exhaustive: $(VENV)/.installed-dev ## every case of what other tests sample: hours
-	$(BIN)/python -m pytest -n $(JOBS) -m exhaustive $(ARGS)
-
-check: $(VENV)/.installed-dev ## on a machine with a GPU: device conformance and bandwidth by path
+gpu-check: $(VENV)/.installed-dev ## on a machine with a GPU: device conformance and bandwidth by path
 	$(BIN)/kvlode gpu-check --json gpu-check.json $(ARGS)
 
 clean: ## remove .venv and everything that was generated

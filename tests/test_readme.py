@@ -56,6 +56,13 @@ def test_a_command_that_is_shown_exists(command: str) -> None:
         assert result.exit_code == 0, f"no such command: {command}\n{result.output}"
 
 
+def test_every_target_of_the_makefile_has_one_recipe() -> None:
+    text = (ROOT / "Makefile").read_text()
+    targets = re.findall(r"^([a-z-]+):", text, re.MULTILINE)
+    phony = re.findall(r"^\.PHONY: (.*)$", text, re.MULTILINE)
+    assert sorted(targets) == sorted(phony[0].split())
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_to_files_of_the_repository(page: str) -> None:
     targets = [target for target in LINK.findall(prose(page)) if "://" not in target]
