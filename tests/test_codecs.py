@@ -157,6 +157,15 @@ def test_the_exponents_of_real_looking_values_compress_and_their_mantissas_stay_
     assert stored_bytes(stripe).endswith(raw[::2].tobytes())
 
 
+@pytest.mark.parametrize("start", [0, 8192, 16384 - 3000])
+def test_mantissas_that_compress_at_their_start_middle_or_end_are_compressed(start: int) -> None:
+    raw = bfloat16_values(2 * 16384, 6)
+    mantissas = raw[::2]
+    mantissas[start : start + 3000] = 0
+    stripe = encode_stripe(raw, Codec.PLANES_ZSTD, 2)
+    assert (stripe.codec, stripe.plane_flags) == (Codec.PLANES_ZSTD, 3)
+
+
 def test_a_length_that_is_no_multiple_of_the_element_is_never_split() -> None:
     for element_size in (2, 4, 8):
         for surplus in range(1, element_size):

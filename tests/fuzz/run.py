@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import hashlib
 import itertools
 import random
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 import tracemalloc
+import types
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -241,7 +243,9 @@ def run_atheris(target: Target, arguments: Sequence[str], seed: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for index, data in enumerate(pool):
             (Path(folder) / str(index)).write_bytes(data)
-        atheris.instrument_all()
+        for function in gc.get_objects():
+            if isinstance(function, types.FunctionType) and (function.__module__ or "").startswith("kvlode.format"):
+                atheris.instrument_func(function)
         atheris.Setup([sys.argv[0], *arguments, folder], one_input, custom_mutator=mutator)
         atheris.Fuzz()
 
