@@ -47,9 +47,9 @@ def make_table(*columns: str, right: Iterable[str] = (), title: str | None = Non
 
 
 def print_table(console: Console, table: Table) -> None:
-    """Print a table of ``make_table``. Where the line is too short, texts are cut and numbers are not."""
-    for column in table.columns:
-        if column.justify == "right":
+    """Print a table of ``make_table``. Where the line is too short, texts are cut; numbers and the first column are not."""
+    for number, column in enumerate(table.columns):
+        if column.justify == "right" or number == 0:
             column.min_width = max(len(str(column.header)), *(len(str(cell)) for cell in column.cells), 0)
     console.print(table)
 

@@ -166,10 +166,10 @@ def print_diff(console: Console, facts: dict[str, Any]) -> None:
             counts.add_row(f"{count:,}", kind, KINDS[kind])
     if counts.row_count:
         print_table(console, counts)
-        table = make_table("kind", "namespace", "key", "index says", "segments say", "remark")
+        table = make_table("kind", "namespace", "key", "in index", "in log", "remark", right=("in index", "in log"))
         for row in facts["rows"]:
             places = [_place_text(row[name]) for name in ("index", "log")]
-            table.add_row(row["kind"], row["namespace"][:12], key_text(bytes.fromhex(row["key"]), 16), *places, row["remark"])
+            table.add_row(row["kind"], row["namespace"][:8], key_text(bytes.fromhex(row["key"]), 12), *places, row["remark"])
         print_table(console, table)
     elif facts["present"]:
         console.print("no difference", style="green")
