@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -69,10 +70,14 @@ class PosixDevice:
     def open(self, path: str, mode: OpenMode) -> PosixFile:
         flags = {"read": os.O_RDONLY, "write": os.O_RDWR, "create": os.O_RDWR | os.O_CREAT | os.O_EXCL}[mode]
         try:
-            descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
+            descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)  # a pipe in the place of a file must not hold us up
         except OSError as error:
             raise device_error(f"open for {mode}", path, error) from error
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise DeviceError(f"open for {mode}", path, errno=errno.EINVAL, detail="not a regular file")
         try:
+            os.set_blocking(descriptor, True)
             direct = self._direct and file_system_of(descriptor) not in MEMORY_FILE_SYSTEMS and set_direct(descriptor)
             return PosixFile(self, path, descriptor, writable=mode != "read", direct=direct)
         except OSError as error:
