@@ -44,7 +44,7 @@ CHOSEN = [
     "PAY-CRC",
 ]
 """One of each way to write."""
-TOGETHER = ["IDX-DANGLING-no segment", "REC-HDR-CRC-tombstone", "REC-GAP-without a table", "SEG-HDR-CRC", "SEG-NAME"]
+TOGETHER = ["IDX-DANGLING-no record", "REC-HDR-CRC-tombstone", "REC-GAP-without a table", "SEG-HDR-CRC", "SEG-NAME"]
 """Damaged all at once, with two lost entries and a lost seal: every kind of action on segments and index in one repair."""
 
 
