@@ -369,6 +369,8 @@ class MemorySpace:
 
     def delete(self, keys: Sequence[bytes]) -> int:
         self._store.check_usable()
+        for key in keys:
+            check_key(key)
         with self._store.lock:
             present = {key for key in keys if self._store.live(self.digest + key) is not None}
             for key in keys:

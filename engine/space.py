@@ -260,6 +260,8 @@ class Space:
     def delete(self, keys: Sequence[bytes]) -> int:
         self._core.check_usable()
         self._check_writable("delete")
+        for key in keys:
+            check_key(key)
         present = self._present([self.digest + key for key in keys])
         for key in keys:  # absent ones too: a record that the index has given up may still lie in a segment, for an index rebuilt from it
             entry = Entry(Kind.TOMBSTONE, self._state, key, written_at_ns=self._core.clock.now_ns())
