@@ -80,7 +80,7 @@ class Buffer:
         present = self.entries.get(entry.ident)
         if present is not None and present.expires_at_ns and now_ns >= present.expires_at_ns:
             self._hide(present)
-            present = None
+            present = self.entries.get(entry.ident)
         if present is not None and present.kind is Kind.BLOCK and present.state is not State.GONE:
             if present.ident in self._clean:
                 self._clean.move_to_end(present.ident)
@@ -127,7 +127,7 @@ class Buffer:
         """A filled block becomes dirty: visible to readers and queued for the log."""
         with self.lock:
             self._check_open()
-            entry.state, entry.shadowed = State.DIRTY, None
+            entry.state = State.DIRTY
             self._enqueue(entry)
 
     def withdraw(self, entry: Entry) -> None:
@@ -136,9 +136,6 @@ class Buffer:
             if entry.state is State.GONE or entry.ticket:
                 return
             self._forget(entry)
-            shadowed, entry.shadowed = entry.shadowed, None
-            if shadowed is not None and shadowed.state is not State.GONE:
-                self.entries[entry.ident] = shadowed
             self.changed.notify_all()
 
     def enqueue_tombstone(self, entry: Entry) -> None:
@@ -199,7 +196,7 @@ class Buffer:
 
     def _hide(self, entry: Entry) -> None:
         """Make an entry invisible; a clean block's memory is freed, a dirty one's when the log is done with it."""
-        self.entries.pop(entry.ident, None)
+        self._uncover(entry)
         if entry.state is State.CLEAN:
             self._clean.pop(entry.ident, None)
             self._forget(entry)
@@ -308,6 +305,8 @@ class Buffer:
 
     def _retire(self, entry: Entry, durable: bool, keep_readable: bool) -> None:
         visible = self.entries.get(entry.ident) is entry
+        if durable:
+            entry.shadowed = None
         if entry.kind is not Kind.BLOCK:
             if durable:
                 entry.state = State.GONE
@@ -319,10 +318,7 @@ class Buffer:
             if durable:
                 self._clean[entry.ident] = entry
             return
-        if visible:
-            del self.entries[entry.ident]
-        entry.state = State.GONE
-        self._reap(entry)
+        self._forget(entry)
 
     def _announce(self, entry: Entry, status: PutStatus) -> None:
         """Tell the job; for borrowed memory only when no reader copies from it any more."""
@@ -335,10 +331,17 @@ class Buffer:
             callback(status)
 
     def _forget(self, entry: Entry) -> None:
-        if self.entries.get(entry.ident) is entry:
-            del self.entries[entry.ident]
+        self._uncover(entry)
         entry.state = State.GONE
         self._reap(entry)
+
+    def _uncover(self, entry: Entry) -> None:
+        """Take an entry out of sight. The delete that it took the place of hides the key again, unless the index knows of it."""
+        if self.entries.get(entry.ident) is entry:
+            del self.entries[entry.ident]
+            if entry.shadowed is not None and entry.shadowed.state is not State.GONE:
+                self.entries[entry.ident] = entry.shadowed
+        entry.shadowed = None
 
     def _reap(self, entry: Entry) -> None:
         """Free the memory of a block that is gone, settled and held by nobody."""
