@@ -6,12 +6,14 @@ block leaves the buffer only when the index knows it. Batches that finish while 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
+from ..format.errors import StoreClosed
 from ..gds.monitor import Outcome
 from .buffer import Buffer
 from .catalog import Catalog, Checkpoint
@@ -43,18 +45,19 @@ class CommitThread:
         self._health = health
         self._items: queue.SimpleQueue[LogBatch | SealWrite | list[Dropped] | Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="kvlode-commit", daemon=True)
+        self._ended = False
         self._held_back: LogBatch | SealWrite | list[Dropped] | Callable[[], None] | None = None
 
     def start(self) -> None:
         self._thread.start()
 
     def submit(self, item: LogBatch | SealWrite | list[Dropped]) -> None:
-        self._items.put(item)
+        self._put(item)
 
     def call(self, function: Callable[[], Answer]) -> Outcome[Answer]:
-        """Run ``function`` on the commit thread after everything submitted so far."""
+        """Run ``function`` on the commit thread after everything submitted so far. The outcome is ``StoreClosed`` once the thread ended."""
         outcome: Outcome[Answer] = Outcome()
-        self._items.put(lambda: outcome.run(function))
+        self._put(lambda: outcome.run(_refuse if self._ended else function))
         return outcome
 
     def stop(self, timeout_s: float | None) -> bool:
@@ -67,13 +70,32 @@ class CommitThread:
         """Work off a namespace drop in the index, a slice at a time between other commits."""
         self._items.put(lambda: self._purge_slice(namespace, floor_seq, None))
 
+    def _put(self, item: LogBatch | SealWrite | list[Dropped] | Callable[[], None]) -> None:
+        self._items.put(item)
+        if self._ended:
+            self._refuse_rest()
+
+    def _refuse_rest(self) -> None:
+        """What comes after the end (a writer that outlived its close hands over more): nobody may wait for it for ever. Any thread."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                item = self._items.get_nowait()
+                if isinstance(item, SealWrite):
+                    item.segment.file.close()
+                elif callable(item):
+                    item()
+                else:
+                    self._settle_all(item, Refusal.STORE_FAILED)
+
     # --- the thread -------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         while True:
             item = self._next()
             if item is None:
-                break
+                self._ended = True
+                self._refuse_rest()
+                return
             try:
                 self._handle(item)
             except Exception as error:
@@ -228,6 +250,8 @@ class CommitThread:
         return True
 
     def _purge_slice(self, namespace: bytes, floor_seq: int, start: bytes | None) -> None:
+        if self._ended:
+            return  # the floor stays: the next open goes on
         try:
             resume = self._catalog.purge(namespace, floor_seq, start, PURGE_ENTRIES)
         except IndexDamaged as error:  # the floor stays and hides the namespace; the index that the next open derives replays the drop
@@ -238,3 +262,7 @@ class CommitThread:
             self._items.put(lambda: self._purge_slice(namespace, floor_seq, resume))
         else:
             self._catalog.lower_floor(namespace, floor_seq)
+
+
+def _refuse() -> NoReturn:
+    raise StoreClosed("the store is closed", action="Open the store again.")

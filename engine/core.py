@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from ..format.errors import DeviceError, FormatError, StoreClosed
 from ..format.keys import key_digest
-from ..format.layout import PAGE_BYTES, QUARANTINE_FOLDER
+from ..format.layout import PAGE_BYTES, QUARANTINE_FOLDER, round_up_pages
 from ..format.superblock import Superblock
 from ..gds.buffers import SlotPool, aligned_array
 from ..gds.device import Device, DeviceLock
@@ -29,6 +29,7 @@ from .config import MIB, Clock, StoreConfig
 from .contract import BlockInfo, Refusal, Status
 from .delivery import ReadRequest
 from .encoder import Encoder
+from .entry import Kind
 from .eviction import Evictor
 from .health import Health
 from .heat import HeatTable
@@ -205,7 +206,15 @@ class Core:
         return self.catalog.find(idents)
 
     def _record_bytes(self, idents: Sequence[bytes]) -> list[int]:
-        return [0 if entry is None else entry.record_pages * PAGE_BYTES for entry in self.find(idents)]
+        """Bytes of each block in the log, or what it will take there while it is in the buffer alone; 0 for an absent one."""
+        sizes = []
+        for ident, entry in zip(idents, self.find(idents), strict=True):
+            buffered = self.buffer.entries.get(ident) if entry is None else None
+            if buffered is not None and buffered.kind is Kind.BLOCK:
+                sizes.append(PAGE_BYTES + round_up_pages(buffered.size_bytes))
+            else:
+                sizes.append(0 if entry is None else entry.record_pages * PAGE_BYTES)
+        return sizes
 
     def _followers_present(self) -> bool:
         lock = self.device.lock(f"{self.path}/{FOLLOWERS_NAME}")
@@ -265,14 +274,14 @@ class Core:
 
     def start_job(self, job: ReadJob, work: Callable[[], Any]) -> None:
         """Run a job's work on the job pool; a defect settles the job instead of leaving it without an answer."""
-        self._job_pool.submit(self._run_job, job, work)
+        self._job_pool.run(self._run_job, job, work)
         with self._jobs_lock:
             self._jobs = {running for running in self._jobs if not running.done()} | {job}
 
     def in_background(self, function: Callable[[], Answer]) -> Answer:
         """Call on the job pool and wait: for reads that wait for the device, which the thread of a caller must not (``Monitor``)."""
         outcome: Outcome[Answer] = Outcome()
-        self._job_pool.submit(outcome.run, function)
+        self._job_pool.run(outcome.run, function)
         return outcome.result()
 
     def _run_job(self, job: ReadJob, work: Callable[[], Any]) -> None:

@@ -54,8 +54,9 @@ class SegmentTable:
 
     def resize(self, segment_id: int, size_bytes: int, *, sealed: bool) -> None:
         with self._lock:
-            segment = self._segments[segment_id]
-            segment.size_bytes, segment.sealed = size_bytes, sealed
+            segment = self._segments.get(segment_id)
+            if segment is not None:  # else its file vanished from under us
+                segment.size_bytes, segment.sealed = size_bytes, sealed
 
     def get(self, segment_id: int) -> Segment | None:
         with self._lock:

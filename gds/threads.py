@@ -41,8 +41,8 @@ class _Task(Generic[T]):
         self.kwargs = kwargs
         self.future: Future[T] = Future()
 
-    def cancel(self) -> None:
-        self.future.cancel()
+    def cancel(self) -> bool:
+        return self.future.cancel()
 
     def run(self) -> None:
         future = self.future
@@ -75,8 +75,9 @@ class _Call:
         except Exception:
             logger.exception("a call that nobody waits for failed")
 
-    def cancel(self) -> None:
-        """Nobody has to hear of it."""
+    def cancel(self) -> bool:
+        """Never: nobody would hear of it, and whoever waits for what the call does would wait for ever."""
+        return False
 
 
 _Tasks: TypeAlias = "queue.SimpleQueue[_Task[Any] | _Call | None]"
@@ -146,8 +147,8 @@ class WorkerPool:
     def shutdown(self, timeout_s: float | None = None) -> bool:
         """Refuse new work, finish what was submitted, stop the threads; ``True`` when they ended in time.
 
-        What has not started at the deadline is cancelled. What is still running then cannot be stopped: its
-        thread is left behind and its future ends when the call returns.
+        What was submitted and has not started at the deadline is cancelled. What is still running then cannot be stopped: its
+        thread is left behind, its future ends when the call returns, and the calls of ``run`` are worked off behind it.
         """
         if os.getpid() != self._pid:
             return True  # the threads are the parent's
@@ -166,15 +167,14 @@ class WorkerPool:
         return False
 
     def _cancel_queued(self) -> None:
-        stop_marks = 0
+        kept: list[_Task[Any] | _Call | None] = []
         with contextlib.suppress(queue.Empty):
             while True:
                 task = self._tasks.get_nowait()
-                if task is None:
-                    stop_marks += 1
-                else:
-                    task.cancel()
-        _stop(self._tasks, stop_marks)
+                if task is None or not task.cancel():
+                    kept.append(task)
+        for task in kept:
+            self._tasks.put(task)
 
     def _forget_after_fork(self) -> None:
         self._lock = threading.Lock()  # another thread of the parent may have held it
