@@ -18,10 +18,11 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Processes that pytest runs in; 0 for none.
 JOBS ?= 2
 MINUTES ?= 60
+SECONDS_EACH ?= 60
 # What is passed on: make demo ARGS=--json, make test ARGS="-k recovery"
 ARGS ?=
 
-.PHONY: help setup demo test test-slow test-exhaustive check soak bench gpu-check clean
+.PHONY: help setup demo test test-slow test-exhaustive check soak fuzz bench gpu-check clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +49,9 @@ check: $(VENV)/.installed-dev ## lint, and type-check the package strictly
 
 soak: $(VENV)/.installed-dev ## an hour of mixed work near the capacity cap, with kills, ended by a check of every byte (MINUTES=60)
 	$(BIN)/python tests/soak/run.py --minutes $(MINUTES) $(ARGS)
+
+fuzz: $(VENV)/.installed-dev ## look for inputs that break a parser (SECONDS_EACH=60)
+	$(BIN)/python tests/fuzz/run.py --seconds $(SECONDS_EACH) $(ARGS)
 
 bench: $(VENV)/.installed ## measure this machine against a bare O_DIRECT loop
 	$(BIN)/kvlode bench $(ARGS)

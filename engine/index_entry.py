@@ -41,6 +41,7 @@ _COLUMNS: tuple[tuple[str, str, str], ...] = (
 _ENTRY = struct.Struct("<B" + "".join(code for _, code, _ in _COLUMNS))
 _SEQUENCE_AND_EXPIRY = struct.Struct("<QQ")
 _SEQUENCE_OFFSET = 1
+_SHORTEST_BYTES = _SEQUENCE_OFFSET + _SEQUENCE_AND_EXPIRY.size
 
 ENTRY_DTYPE = np.dtype([("version", "u1"), *((name, kind) for name, _, kind in _COLUMNS)])
 ENTRY_BYTES = _ENTRY.size
@@ -85,7 +86,12 @@ class IndexEntry:
 
 
 def expires_and_version(value: bytes) -> tuple[int, int]:
-    """``(expires_at_ns, version_seq)`` of a packed entry: the two fields that decide whether a key is present."""
+    """``(expires_at_ns, version_seq)`` of a packed entry: the two fields that decide whether a key is present.
+
+    A value that is too short for them counts as long expired: its key is absent.
+    """
+    if len(value) < _SHORTEST_BYTES:
+        return 1, 0
     version_seq, expires_at_ns = _SEQUENCE_AND_EXPIRY.unpack_from(value, _SEQUENCE_OFFSET)
     return expires_at_ns, version_seq
 

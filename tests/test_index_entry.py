@@ -10,8 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvlode.engine.catalog import Catalog
 from kvlode.engine.index import IndexDamaged
 from kvlode.engine.index_entry import ENTRY_BYTES, ENTRY_DTYPE, IndexEntry, expires_and_version, pack_table
+from kvlode.engine.index_memory import MemoryIndex
+from kvlode.engine.stats import Counters
 
 U64 = st.integers(0, 2**64 - 1)
 U32 = st.integers(0, 2**32 - 1)
@@ -74,3 +77,9 @@ def test_a_table_packs_to_the_same_bytes_as_its_rows_one_by_one(entries: list[In
     assert pack_table(table, segment_id, rows) == [entries[row].pack() for row in rows]
     mask = np.arange(len(entries)) % 2 == 1
     assert pack_table(table, segment_id, mask) == [e.pack() for e in entries[1::2]]
+
+
+@pytest.mark.parametrize("length", [0, 1, 16])
+def test_a_value_too_short_to_say_anything_is_of_an_absent_key(length: int) -> None:
+    index = MemoryIndex({b"n" * 16 + b"key": bytes(length)})
+    assert Catalog(index, Counters()).live([b"n" * 16 + b"key"], now_ns=5) == [False]
