@@ -23,7 +23,7 @@ ROOMY: dict[str, Any] = {"capacity": 16 * MIB, "buffer": MIB, "segment_bytes": 2
 SMALL: dict[str, Any] = ROOMY | {"capacity": 2560 * KIB, "segment_bytes": 128 * KIB, "codec": "raw"}
 STATES_MIN = 2500
 """Distinct states of each of the four runs."""
-THOROUGH_EVERY = 20
+THOROUGH_EVERY = 40
 """One state in so many is checked to its last byte, before it is opened and afterwards, and written to."""
 
 

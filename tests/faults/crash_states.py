@@ -8,6 +8,7 @@ between sectors, names not synced, with any index from the newest down to none. 
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -265,6 +266,12 @@ def _index_at(
 # --- what may be read -------------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=512)
+def _bytes_of(value: Value, key: bytes) -> np.ndarray:
+    """Made once for all the states of a run."""
+    return value.bytes_of(key)
+
+
 @dataclass(slots=True)
 class Expectation:
     """What a store that is opened at a moment may say of each block."""
@@ -305,7 +312,7 @@ class Expectation:
         values = self.possible[ident]
         if status is Status.HIT:
             held = [v for v in values if v is not None and v.size == data.nbytes and not v.expired(self.now_ns)]
-            if not any(np.array_equal(value.bytes_of(ident[1]), data) for value in held):
+            if not any(np.array_equal(_bytes_of(value, ident[1]), data) for value in held):
                 return f"{ident}: bytes that were never put, possible {values}"
             return None
         if status not in (Status.MISS, Status.EXPIRED):
