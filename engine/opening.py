@@ -21,6 +21,7 @@ from ..format.layout import (
     SEGMENTS_FOLDER,
     STRIPE_BYTES_DEFAULT,
     SUPERBLOCK_NAME,
+    parse_segment_name,
 )
 from ..format.superblock import Superblock
 from ..gds.buffers import aligned_array
@@ -178,12 +179,28 @@ def _load_or_create_superblock(device: Device, path: str, clock: Clock) -> Super
                 action="Open it with kvlode.follow, or upgrade kvlode.",
             )
     else:
+        _check_no_segments(device, path)
         superblock = Superblock(uuid.uuid4().bytes, clock.now_ns(), STRIPE_BYTES_DEFAULT)
         _write_superblock(device, path, superblock)
     for folder in (SEGMENTS_FOLDER, QUARANTINE_FOLDER):
         device.make_folder(f"{path}/{folder}")
     device.sync_folder(path)
     return superblock
+
+
+def _check_no_segments(device: Device, path: str) -> None:
+    """A store that has lost its superblock must not be made anew: under another uuid its segments would count as empty and be removed."""
+    folder = f"{path}/{SEGMENTS_FOLDER}"
+    names = device.list_folder(folder) if device.status(folder) is not None else []
+    segments = [name for name in names if parse_segment_name(name) is not None]
+    if segments:
+        raise UnsupportedFormat(
+            "the superblock of this store is gone",
+            where=path,
+            expected=f"a file {SUPERBLOCK_NAME}, or no segments",
+            actual=f"{len(segments)} segments and no {SUPERBLOCK_NAME}",
+            action="Run kvlode fsck --repair: it writes the superblock anew. To start empty, remove the folder.",
+        )
 
 
 def _write_superblock(device: Device, path: str, superblock: Superblock) -> None:

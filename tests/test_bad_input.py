@@ -100,6 +100,17 @@ def test_a_damaged_superblock_is_named(folder: Path) -> None:
         open_store(folder)
 
 
+def test_a_store_that_has_lost_its_superblock_is_refused_and_keeps_its_segments(folder: Path) -> None:
+    superblock = (folder / "STORE").read_bytes()
+    (folder / "STORE").unlink()
+    with pytest.raises(UnsupportedFormat) as caught:
+        open_store(folder)
+    assert_says(caught.value, str(folder), "STORE", "fsck --repair")
+    (folder / "STORE").write_bytes(superblock)
+    with open_store(folder) as store:
+        assert store.namespace(descriptor()).contains([b"kept"]) == [True]
+
+
 def test_another_block_size_or_dtype_is_another_namespace(store: DiskStore) -> None:
     for other in (descriptor(dtype="float32"), descriptor(block_bytes_max=1 << 20), descriptor(revision="r2")):
         assert store.namespace(other).contains([b"kept"]) == [False]
