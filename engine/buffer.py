@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 
 from ..format.errors import StoreClosed
 from ..format.layout import round_up_pages
+from ..format.layout import PAGE_BYTES
 from ..gds.monitor import Monitor
 from ..gds.prefault import Prefault
 from .arena import Bytes, ChunkArena
@@ -259,14 +260,14 @@ class Buffer:
     # --- the log's side ---------------------------------------------------------------------------------------
 
     def take(self, batch_bytes: int) -> list[Entry]:
-        """The next changes to write, reinsertions first: at most ``batch_bytes`` (but at least one entry)."""
+        """The next changes to write, reinsertions first: at most ``batch_bytes`` (but at least one entry). A delete counts as its page."""
         with self.lock:
             taken: list[Entry] = []
             room_bytes = batch_bytes
             for waiting in (self.reinsertions, self.queue):
                 while waiting and (not taken or waiting[0].size_bytes <= room_bytes):
                     entry = waiting.popleft()
-                    room_bytes -= entry.size_bytes
+                    room_bytes -= max(entry.size_bytes, PAGE_BYTES)
                     taken.append(entry)
                     if waiting is self.queue:
                         self.unwritten_bytes -= entry.size_bytes

@@ -241,7 +241,10 @@ class BlockSpace(Protocol):
         ...
 
     def delete(self, keys: Sequence[bytes]) -> int:
-        """Remove blocks at once for every reader of this process, durably after the next flush; returns how many were present."""
+        """Remove blocks at once for every reader of this process, durably after the next flush; returns how many were present.
+
+        Each key costs a page in the log, absent ones too: a segment may still hold a block that the index has given up.
+        """
         ...
 
     def drop(self) -> None:

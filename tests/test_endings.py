@@ -181,3 +181,12 @@ def test_a_store_whose_open_segment_is_removed_can_seal_it_all_the_same(tmp_path
     core = store._core
     assert store.close(WAIT_S)
     assert core.health.failure is None
+
+
+def test_a_batch_of_deletes_is_bounded_by_the_pages_that_they_take() -> None:
+    sequence = iter(range(1, 1000))
+    buffer = Buffer(aligned_array(MIB), serve_clean=True, next_sequence=lambda: next(sequence))
+    namespace = NamespaceTable(None).register(descriptor(**SMALL))
+    for number in range(100):
+        buffer.enqueue_tombstone(Entry(Kind.TOMBSTONE, namespace, b"%d" % number))
+    assert len(buffer.take(16 * KIB)) <= 5

@@ -85,6 +85,7 @@ def test_a_full_drive_is_answered_by_reclaim(rig: Rig) -> None:
 def test_a_drive_that_others_fill_costs_no_block_while_nothing_is_put(rig: Rig) -> None:
     put_blocks(space_of(rig), 0, 20, SIZE)
     assert rig.store.flush(WAIT_S)
+    assert eventually(lambda: rig.store._core.keeper._spare_bytes > 0)
     opened = rig.counter("segments_opened")
     full = inject(rig, "preallocate", errno=errno.ENOSPC, times=None, where=spare)
     number = 20

@@ -38,7 +38,7 @@ def test_new_inputs_are_parsed_or_refused_and_nothing_else(name: str, seed: int)
     assert report.cases == CASES
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", NAMES)
 def test_many_new_inputs_are_parsed_or_refused_and_nothing_else(name: str, seed: int) -> None:

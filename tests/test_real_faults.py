@@ -339,7 +339,7 @@ def test_a_writer_that_dies_at_a_named_point_keeps_its_promises(tmp_path: Path, 
     die_and_check(tmp_path, point, nth)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("point", "nth"), [case for case in POINTS if case not in SOME_POINTS])
 def test_a_writer_that_dies_at_any_named_point_keeps_its_promises(tmp_path: Path, point: str, nth: int) -> None:
     die_and_check(tmp_path, point, nth)
@@ -369,7 +369,7 @@ def test_a_writer_of_many_threads_that_is_killed_keeps_its_promises(tmp_path: Pa
     kill_among_threads(tmp_path, options, 2, seed=42)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("options", [ROOMY | {"capacity": "2GiB"}, SMALL], ids=["roomy", "small"])
 def test_a_writer_of_many_threads_that_is_killed_often_keeps_its_promises(tmp_path: Path, options: dict[str, Any]) -> None:
@@ -411,7 +411,7 @@ def test_a_drive_that_loses_its_power_has_what_was_flushed(mounts: Mounts, tmp_p
 
 
 @pytest.mark.root
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(600)
 def test_a_drive_that_loses_its_power_often_has_what_was_flushed(mounts: Mounts, tmp_path: Path) -> None:
     cut_the_power(mounts, tmp_path, 25, seed=1007)
