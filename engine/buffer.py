@@ -13,8 +13,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 
 from ..format.errors import StoreClosed
-from ..format.layout import round_up_pages
-from ..format.layout import PAGE_BYTES
+from ..format.layout import PAGE_BYTES, round_up_pages
 from ..gds.monitor import Monitor
 from ..gds.prefault import Prefault
 from .arena import Bytes, ChunkArena
