@@ -542,7 +542,7 @@ def test_the_end_of_the_time_is_said_and_is_no_interrupt() -> None:
     report = fill(in_memory(), blocks=8).check(max_duration_s=0.0)
     assert report.passes == [] and not report.interrupted
     assert set(report.skipped.values()) == {"the time was up"}
-    assert report.exit_code == 0 and not report.coverage.segments_checked
+    assert report.exit_code == ExitBit.INTERRUPTED and not report.coverage.segments_checked
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ def check_consent_possible(*, yes: bool, interactive: bool) -> None:
             "a repair without a terminal needs consent",
             expected="--yes, or a terminal to ask on",
             actual="neither",
-            action="Look at the plan with kvlode fsck first, then add --yes.",
+            action="Look at the plan in a terminal first, or add --yes.",
         )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .options import OUT_OF_TIME
 from .problems import PROBLEMS, Problem, Severity
 
 FINDINGS_MAX = 10_000
@@ -116,6 +117,11 @@ class Report:
         return sum(count for name, count in self.counts.items() if PROBLEMS[name].severity is not Severity.NOTE)
 
     @property
+    def out_of_time(self) -> bool:
+        """Whether the time that it was given ended the check before its end."""
+        return OUT_OF_TIME in self.skipped.values()
+
+    @property
     def exit_code(self) -> int:
         """A sum of ``ExitBit``. After a repair, what it did and what the check behind it found."""
         code = ExitBit.REPAIRED if self.actions else ExitBit.CLEAN
@@ -123,6 +129,6 @@ class Report:
             code |= ExitBit.LEFT
         if self.errors:
             code |= ExitBit.OPERATIONAL
-        if self.interrupted:
+        if self.interrupted or self.out_of_time:
             code |= ExitBit.INTERRUPTED
         return int(code)

@@ -12,6 +12,8 @@ from typing import Protocol
 
 from ...format.errors import InvalidConfig
 
+OUT_OF_TIME = "the time was up"
+"""Why a pass did not end: ``--max-duration`` was over."""
 _UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 _SIZE = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)\s*([KMGT]?i?B?)", re.IGNORECASE | re.ASCII)
 _SHARE = re.compile(r"(\d{1,20})/(\d{1,20})", re.ASCII)
@@ -125,7 +127,7 @@ class Stop:
         if self.interrupted:
             raise Stopped("interrupted")
         if self._deadline_s is not None and time.monotonic() >= self._deadline_s:
-            raise Stopped("the time was up")
+            raise Stopped(OUT_OF_TIME)
 
 
 class Stopped(Exception):

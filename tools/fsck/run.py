@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import time
 from collections.abc import Callable, Iterator
 
@@ -112,9 +113,11 @@ class _Run:
             status = self._device.status(self.path)
             if status is None:
                 raise PathUnavailable("there is nothing to check", where=self.path, actual=error.actual) from None
-            if not self.path.endswith(".seg"):
-                raise
-            return False
+            if self.path.endswith(".seg"):
+                return False
+            if error.errno == errno.ENOTDIR:
+                require_store(self.path, None)
+            raise
         require_store(self.path, self._names)
         return True
 

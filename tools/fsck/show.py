@@ -14,7 +14,6 @@ from .progress import SCHEMA
 
 LINES_PER_PROBLEM = 20
 """Findings of one id that are printed for people; programs get all that were kept."""
-EXIT_CODES = "Exit code: sum of 1 repaired, 4 problems left, 8 could not check everything, 16 usage, 32 interrupted."
 
 
 def problem_json(finding: Finding) -> str:
@@ -108,6 +107,8 @@ def _summary(report: Report, exit_code: int) -> Iterator[str]:
     verdict = "clean" if exit_code == 0 else f"{report.problems:,} problems"
     if report.interrupted:
         verdict += ", interrupted"
+    elif report.out_of_time:
+        verdict += ", out of time"
     if report.errors:
         verdict += f", {len(report.errors):,} errors"
     yield f"{verdict}, {notes:,} notes (exit code {exit_code})" if notes else f"{verdict} (exit code {exit_code})"

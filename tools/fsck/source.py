@@ -34,14 +34,14 @@ class SegmentRef:
     allocated_bytes: int
 
 
-def require_store(path: str, names: Sequence[str]) -> None:
-    """Raises ``PathUnavailable`` when a folder with these names in it is no store."""
-    if SUPERBLOCK_NAME not in names and SEGMENTS_FOLDER not in names:
+def require_store(path: str, names: Sequence[str] | None) -> None:
+    """Raises ``PathUnavailable`` when a folder with these names in it, or (``None``) what is no folder, is no store."""
+    if names is None or (SUPERBLOCK_NAME not in names and SEGMENTS_FOLDER not in names):
         raise PathUnavailable(
             "this is not a kvlode store",
             where=path,
             expected=f"a folder with {SUPERBLOCK_NAME} and {SEGMENTS_FOLDER}/",
-            actual=", ".join(names[:5]) or "an empty folder",
+            actual="no folder" if names is None else ", ".join(names[:5]) or "an empty folder",
             action="Name the folder that was given to kvlode.open, or one of its segment files.",
         )
 
