@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -97,3 +99,26 @@ def test_version_names_package_and_format() -> None:
     assert answer["kvlode"] == kvlode.__version__
     assert answer["format"] == 1
     assert answer["kvlode"] in run("version").stdout
+
+
+def test_closed_standard_streams_are_no_traceback(folder: Path) -> None:
+    for words in (["version"], ["stat", folder], ["fsck", folder], ["inspect", folder], ["--help"]):
+        command = [sys.executable, "-c", "from kvlode.tools.cli import main; main()", *map(str, words)]
+        done = subprocess.run(
+            ["sh", "-c", 'exec "$@" <&- >&-', "sh", *command], stderr=subprocess.PIPE, text=True, timeout=100, check=False
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_what_is_no_file_in_the_place_of_a_segment_is_named(kind: str, folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    place = copy / "segments" / "00000000000000ff.seg"
+    if kind == "pipe":
+        os.mkfifo(place)
+    else:
+        place.mkdir()
+    answer = as_json("stat", copy, code=4)
+    assert any(place.name in problem and "not a regular file" in problem for problem in answer["problems"])
+    assert answer["records"]["block"] == 2 * BLOCKS
+    assert [row["state"] for row in as_json("inspect", copy, code=4)["rows"]] == ["sealed", "unreadable"]

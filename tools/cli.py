@@ -124,6 +124,7 @@ def version(as_json: AsJson = False) -> None:
 
 def main() -> None:
     """Entry point: whatever goes wrong becomes one line on standard error and an exit code."""
+    _fill_standard_descriptors()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # what the terminal's encoding lacks is shown as a question mark
@@ -135,6 +136,17 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ is not None else 1)
         code = EXIT_FAILED
     sys.exit(code)
+
+
+def _fill_standard_descriptors() -> None:
+    """A caller may have closed them (``>&-``): the next file opened, a segment even, would get the number that messages are written to."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    sys.stdin, sys.stdout, sys.stderr = (
+        open(number, mode, closefd=False) if stream is None else stream  # noqa: SIM115  (they live as long as the process)
+        for number, mode, stream in ((0, "r", sys.stdin), (1, "w", sys.stdout), (2, "w", sys.stderr))
+    )
 
 
 def _run() -> int:

@@ -20,7 +20,7 @@ _NEAR_BYTES = 16 << 10
 def data_ranges(path: Path, size_bytes: int) -> list[tuple[int, int]]:
     """Byte ranges that hold data, in order; the rest are holes. The whole file where the file system does not tell."""
     ranges: list[tuple[int, int]] = []
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe in the place of a file must not hold us up
     try:
         position = 0
         while position < size_bytes:

@@ -16,6 +16,7 @@ from ..format.record import RECORD_TABLE, RecordHeader
 from ..format.seal import SealTable
 from ..format.segment import SegmentHeader
 from ..format.superblock import Superblock
+from ..gds.buffers import aligned_array
 from ..gds.posix import PosixDevice
 from .segment_reader import SegmentReader, data_ranges
 from .segment_view import SegmentView, read_segment
@@ -136,11 +137,16 @@ class StoreFiles:
             file.close()
 
     def header(self, segment_id: int) -> SegmentHeader | None:
-        """The header page of a segment; ``None`` when it is damaged, or of a file that went away."""
+        """The header page of a segment; ``None`` when it is damaged or cannot be read, or of a file that went away."""
         try:
-            with self.segment_path(segment_id).open("rb", buffering=0) as file:
-                return SegmentHeader.parse(file.read(PAGE_BYTES), where=segment_name(segment_id))
-        except (FormatError, FileNotFoundError):
+            file = self._device.open(str(self.segment_path(segment_id)), "read")
+            try:
+                area = aligned_array(PAGE_BYTES)
+                page = bytes(area[: file.read(0, [area]).result()])
+            finally:
+                file.close()
+            return SegmentHeader.parse(page, where=segment_name(segment_id))
+        except (FormatError, OSError):  # ``segments`` tells what cannot be read
             return None
 
     def segments(self) -> Iterator[SegmentView]:

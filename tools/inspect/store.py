@@ -84,11 +84,14 @@ def print_store(console: Console, view: StoreView, width: int) -> None:
     heat = (
         f"{facts['hits']:,} hits on live blocks, {facts['hot_blocks']:,} blocks hot" if facts["heat_known"] else "not known (no heat table)"
     )
+    created = time_text(facts["created_at_ns"])
+    if facts["created_at_ns"]:
+        created += f" ({age_text(facts['created_at_ns'], now_ns)} ago)"
     rows = [
         ("store", facts["path"]),
         ("uuid", facts["store_uuid"]),
         ("format version", version),
-        ("created", f"{time_text(facts['created_at_ns'])} ({age_text(facts['created_at_ns'], now_ns)} ago)"),
+        ("created", created),
         ("in use", f"writer: {_ANSWER[facts['writer']]}, followers: {_ANSWER[facts['followers']]}"),
         ("segments", f"{facts['segments']:,} ({states}), {bytes_text(facts['size_bytes'])}" if facts["segments"] else "none"),
         ("blocks", f"{facts['blocks_live']:,} live of {facts['blocks']:,} in the log"),
