@@ -84,9 +84,14 @@ class Space:
         self.touch([key for key, known in zip(keys, present, strict=True) if known])
         borrow = own == "borrow"
         job = WriteJob(len(keys), queue, borrow=borrow)
+        stored: set[bytes] = set()  # a key that comes twice may have left the buffer for the log before its second turn
         for position, (entry, view, known) in enumerate(zip(entries, views, present, strict=True)):
             entry.on_settled = job.settler(position)
-            job.decide(position, EXISTS if known else self._put_one(entry, view, copy=not borrow or view.is_device))
+            known = known or entry.key in stored
+            status = EXISTS if known else self._put_one(entry, view, copy=not borrow or view.is_device)
+            if status:
+                stored.add(entry.key)
+            job.decide(position, status)
         return job
 
     def _checked_view(self, key: bytes, block: Block) -> BlockView:

@@ -73,7 +73,7 @@ class PosixDevice:
             descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)  # a pipe in the place of a file must not hold us up
         except OSError as error:
             raise device_error(f"open for {mode}", path, error) from error
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        if stat.S_IFMT(os.fstat(descriptor).st_mode) in (stat.S_IFIFO, stat.S_IFDIR):
             os.close(descriptor)
             raise DeviceError(f"open for {mode}", path, errno=errno.EINVAL, detail="not a regular file")
         try:

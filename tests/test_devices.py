@@ -293,11 +293,11 @@ def test_a_memory_device_of_limited_bandwidth_takes_its_time() -> None:
     device.close()
 
 
-def test_what_is_no_regular_file_is_an_error_and_never_waited_for(tmp_path: Path) -> None:
+def test_a_pipe_or_a_folder_is_an_error_and_never_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     device = PosixDevice()
     try:
-        for path in (tmp_path / "pipe", tmp_path, Path("/dev/null")):
+        for path in (tmp_path / "pipe", tmp_path):
             with pytest.raises(DeviceError, match=str(path)):
                 device.open(str(path), "read")
     finally:
