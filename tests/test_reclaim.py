@@ -61,8 +61,11 @@ class Scene:
             assert self.fillers < FILLERS_MAX, "reclaim never got there"
 
     def next_victim_is_due(self) -> bool:
+        """Whether reclaim reads a segment or is going to, also when it has not come to that yet: one more block might then wait for it."""
         keeper = self.rig.store._core.keeper
-        return bool(self.late.held()) or keeper._coming_bytes() < keeper._ahead_bytes()
+        with keeper._lock:
+            free_bytes = keeper._coming_bytes() + keeper._spare_bytes
+        return bool(self.late.held()) or free_bytes < keeper._needed_bytes() + keeper._ahead_bytes()
 
     def stop_reclaim_at_payload_of(self, key: bytes) -> int:
         """Fill the store until reclaim reads the payload of a hot block in the oldest segment, and hold it there; the segment's id."""
