@@ -1,6 +1,6 @@
 """One open store: all parts wired together, started, and stopped in the right order.
 
-Threads (all of them own daemons, ended by ``close``): writer, commit, keeper, lookup, plus the pools for encoding,
+Threads (all of them own daemons, ended by ``close``): writer, commit, keeper, lookup, heat, plus the pools for encoding,
 decoding, jobs, and the device's I/O. Lock order: keeper, then segments or buffer; nothing is called back under a lock.
 """
 
@@ -32,7 +32,7 @@ from .encoder import Encoder
 from .entry import Kind
 from .eviction import Evictor
 from .health import Health
-from .heat import HeatTable
+from .heat_file import SharedHeat
 from .index_entry import IndexEntry
 from .index_open import mark_for_rebuild, read_ahead
 from .jobs import ReadJob
@@ -68,7 +68,7 @@ class Parts:
     superblock: Superblock
     catalog: Catalog
     segments: SegmentTable
-    heat: HeatTable
+    heat: SharedHeat
     counters: Counters
     budget: Budget
     recovered: Recovered | None
@@ -84,10 +84,11 @@ class Core:
 
     def __init__(self, parts: Parts) -> None:
         self.path, self.config, self.clock, self.device = parts.path, parts.config, parts.clock, parts.device
-        self.superblock, self.catalog, self.segments, self.heat = parts.superblock, parts.catalog, parts.segments, parts.heat
+        self.superblock, self.catalog, self.segments = parts.superblock, parts.catalog, parts.segments
+        self.heat, self._shared_heat = parts.heat.table, parts.heat
         self.counters, self.budget, self.lock = parts.counters, parts.budget, parts.lock
         self.follower = parts.recovered is None
-        self.health = Health(self.heat.close)  # a store into a mapped page of a file system that has failed kills the process (SIGBUS)
+        self.health = Health()
         self.closed_reason: str | None = None
         self._catch_up = parts.catch_up
         self._owns_device = parts.owns_device
@@ -120,6 +121,7 @@ class Core:
         if recovered is not None:
             self._wire_writer(recovered)
         self.lookups.start()
+        self._shared_heat.start()
         self._job_pool.submit(read_ahead, self.path)
 
     def _wire_writer(self, recovered: Recovered) -> None:
@@ -324,6 +326,7 @@ class Core:
             done = self.commit.stop(_remaining(deadline_s)) and done
         for pool in (self._job_pool, self._decode_pool, self._encode_pool):
             done = pool.shutdown(_remaining(deadline_s)) and done
+        done = self._shared_heat.stop(_remaining(deadline_s)) and done
         if not done:
             logger.warning("store %s did not stop in time; its threads and files are left to the end of the process", self.path)
             return False
@@ -333,7 +336,6 @@ class Core:
     def _release(self) -> None:
         self.segments.close_files()
         self.catalog.index.close()
-        self.heat.close()
         self._bounce.close()
         self._staging.close()
         if self.lock is not None:

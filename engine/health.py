@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
 
 logger = logging.getLogger("kvlode")
 
@@ -15,8 +14,7 @@ class Health:
     A failed fsync is never retried: the kernel marks the pages clean, so a second one would report success over lost data.
     """
 
-    def __init__(self, on_failure: Callable[[], None]) -> None:
-        self._on_failure = on_failure
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self.failure: BaseException | None = None
 
@@ -25,7 +23,6 @@ class Health:
             if self.failure is not None:
                 return
             self.failure = error
-        self._on_failure()
         logger.error(
             "the store stopped writing: %s. Blocks that were flushed stay readable; close and reopen to write again.",
             error,

@@ -1,9 +1,8 @@
 """Which blocks are used: hit counters that decide what reclaim copies forward.
 
-The writer and its followers share one file, ``heat``, mapped into each process. It is derived data: it may be deleted
-at any time, which forgets the hits. Nothing orders the writes of different threads and processes; a lost or doubled
-hit, or two blocks that are taken for one, make reclaim keep a block too many or too few, never a wrong byte. So there
-are no locks here, and every value read from the file is bounded before it is used.
+The table is ordinary memory of one process; ``heat_file`` brings it together with a file. Nothing orders what different
+threads and processes do; a lost or doubled hit, or two blocks that are taken for one, make reclaim keep a block too many
+or too few, never a wrong byte. So there are no locks here, and every value is bounded before it is used.
 
 A block may lie in two buckets of eight slots, given by some bits of its digests, and is recognised there by a 31-bit
 tag. With one fixed slot a digest, or one bucket, some slots are wanted twice in a table that is half full, and a chain
@@ -12,12 +11,10 @@ of thousands of blocks loses its way to the head there.
 
 from __future__ import annotations
 
-import errno
-import mmap
 import os
 import struct
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -34,10 +31,11 @@ COUNT_MAX = 255
 ANCESTORS_MAX = 4096
 """Ancestors credited above one block; a chain is seldom longer, and a damaged one must not be walked for ever."""
 
+Area: TypeAlias = npt.NDArray[np.uint8]
+
 _TAG_SHIFT = 32
 _HEADER = struct.Struct("<8sHHI16s")
 _CHECKSUM = struct.Struct("<Q")
-_NO_FILE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EFBIG)
 
 
 def slots_for_capacity(capacity_bytes: int) -> int:
@@ -47,73 +45,40 @@ def slots_for_capacity(capacity_bytes: int) -> int:
 
 
 def heat_bytes(slot_count: int) -> int:
-    """Size of the file."""
+    """Size of the file: a page that says what it is, and the table's memory."""
     return PAGE_BYTES + SLOT_BYTES * slot_count
 
 
+def _usable_count(slot_count: int) -> bool:
+    """Whether a table can have so many slots."""
+    return BUCKET_SLOTS <= slot_count <= SLOTS_MAX and slot_count & (slot_count - 1) == 0
+
+
 class HeatTable:
-    """Hits by block, and for each block the place of its parent. Any thread of any process may use it.
+    """Hits by block, and for each block the place of its parent. Any thread may use it.
 
     A block is named by its ``slot`` value, which follows from its digests alone; 0 stands for "no block". Blocks that
-    were never linked or credited, or that had to make room for others, have no hits. ``shared`` says whether hits
-    reach other processes.
+    were never linked or credited, or that had to make room for others, have no hits. ``area`` is the table's memory: tags,
+    parents, counts. One that cannot be written makes a table to look at.
     """
 
-    def __init__(self, slot_count: int, memory: mmap.mmap | None = None) -> None:
+    def __init__(self, slot_count: int, area: Area | None = None) -> None:
         if not _usable_count(slot_count):
             raise ValueError(f"{slot_count} slots; a power of two from {BUCKET_SLOTS} to {SLOTS_MAX} is needed")
         self.slot_count = slot_count
-        self.shared = memory is not None
         self._bucket_mask = slot_count // BUCKET_SLOTS - 1
-        self._attach(memory)
+        self._attach(np.zeros(SLOT_BYTES * slot_count, np.uint8) if area is None else area)
 
-    def _attach(self, memory: mmap.mmap | None) -> None:
-        """Arrays over the mapping; it is unmapped when the last of them is gone, so that a running ``credit`` is safe."""
+    def _attach(self, area: Area) -> None:
+        """Arrays over the memory. A ``credit`` that is running goes on in the old ones, or in some of both: as large, and as good."""
         count = self.slot_count
-        area: Any = np.zeros(heat_bytes(count), np.uint8) if memory is None else memory
-        self._tags: npt.NDArray[np.uint32] = np.frombuffer(area, "<u4", count, PAGE_BYTES)
-        self._parents: npt.NDArray[np.uint32] = np.frombuffer(area, "<u4", count, PAGE_BYTES + 4 * count)
-        self._counts: npt.NDArray[np.uint8] = np.frombuffer(area, np.uint8, count, PAGE_BYTES + 8 * count)
+        self.area = area
+        self._tags: npt.NDArray[np.uint32] = np.frombuffer(area, "<u4", count)
+        self._parents: npt.NDArray[np.uint32] = np.frombuffer(area, "<u4", count, 4 * count)
+        self._counts: npt.NDArray[np.uint8] = np.frombuffer(area, np.uint8, count, 8 * count)
         # single items are read several times faster through a memoryview than through an array
         self._tag_items: memoryview[int] = memoryview(self._tags.data)
         self._parent_items: memoryview[int] = memoryview(self._parents.data)
-
-    @classmethod
-    def open(cls, path: str | os.PathLike[str], store_uuid: bytes, slot_count: int, *, create: bool) -> HeatTable:
-        """The table in the file ``path`` of this store.
-
-        The writer passes ``create=True``: a file that is missing, damaged, of another store or of another size is
-        replaced by an empty one. A follower takes the file as it is. Where there is no usable file and none can be
-        made (no room, read-only), the table is in this process's memory alone.
-        """
-        file_path = os.fspath(path)
-        try:
-            table = cls._open_existing(file_path, store_uuid, slot_count if create else None)
-            if table is None and create:
-                _create(file_path, store_uuid, slot_count)
-                table = cls._open_existing(file_path, store_uuid, slot_count)
-        except OSError as error:
-            if error.errno not in _NO_FILE:
-                raise
-            table = None
-        return table or cls(slot_count)
-
-    @classmethod
-    def _open_existing(cls, path: str, store_uuid: bytes, slot_count: int | None) -> HeatTable | None:
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return None
-        try:
-            found = _slots_of_header(os.pread(descriptor, PAGE_BYTES, 0), store_uuid)
-            status = os.fstat(descriptor)
-            if found is None or slot_count not in (None, found) or status.st_size != heat_bytes(found):
-                return None
-            if status.st_blocks * 512 < status.st_size:
-                return None  # a hole: storing into it could kill the process on a full drive
-            return cls(found, mmap.mmap(descriptor, status.st_size))
-        finally:
-            os.close(descriptor)
 
     @classmethod
     def view(cls, path: str | os.PathLike[str], store_uuid: bytes) -> HeatTable | None:
@@ -126,13 +91,31 @@ class HeatTable:
         except FileNotFoundError:
             return None
         try:
-            found = _slots_of_header(os.pread(descriptor, PAGE_BYTES, 0), store_uuid)
-            size_bytes = os.fstat(descriptor).st_size
-            if found is None or size_bytes != heat_bytes(found):
+            found = slots_of_file(descriptor, store_uuid)
+            if found is None:
                 return None
-            return cls(found, mmap.mmap(descriptor, size_bytes, prot=mmap.PROT_READ))
+            area = read_area(descriptor, found)
+            area.setflags(write=False)
+            return cls(found, area)
         finally:
             os.close(descriptor)
+
+    # --- as a whole -------------------------------------------------------------------------------------------------
+
+    def replace(self, other: HeatTable) -> None:
+        """Become the other table, which must be of the same size and is not used by others any more."""
+        self._attach(other.area)
+
+    def counts(self) -> npt.NDArray[np.uint8]:
+        """A copy of the counts, by place."""
+        return self._counts.copy()
+
+    def take_hits(self, other: HeatTable, known: npt.NDArray[np.uint8]) -> None:
+        """Add the hits that the other table has counted beyond ``known``, of blocks that both have at the same place."""
+        counted = other.counts()
+        rows = np.flatnonzero((counted > known) & (other._tags == self._tags))
+        sums = self._counts[rows].astype(np.uint16) + counted[rows] - known[rows]
+        self._counts[rows] = np.minimum(sums, COUNT_MAX)
 
     # --- places -----------------------------------------------------------------------------------------------------
 
@@ -241,47 +224,30 @@ class HeatTable:
             self._tag_items[index] = self._parent_items[index] = 0
             self._counts[index] = 0
 
-    @property
-    def size_bytes(self) -> int:
-        """Bytes on disk."""
-        return heat_bytes(self.slot_count) if self.shared else 0
 
-    def close(self) -> None:
-        """Let the file go; hits counted afterwards go nowhere. Closing twice is allowed."""
-        self.shared = False
-        self._attach(None)
+# --- the file --------------------------------------------------------------------------------------------------------------
 
 
-def _usable_count(slot_count: int) -> bool:
-    return BUCKET_SLOTS <= slot_count <= SLOTS_MAX and slot_count & (slot_count - 1) == 0
+def read_area(descriptor: int, slot_count: int) -> Area:
+    """The file behind its header. Raises ``OSError``, also when it has become shorter."""
+    area = np.empty(SLOT_BYTES * slot_count, np.uint8)
+    count = os.preadv(descriptor, [area.data], PAGE_BYTES)
+    if count != area.size:
+        raise OSError(f"the heat table has {count} bytes behind its header, not {area.size}")
+    return area
 
 
-def _header(store_uuid: bytes, slot_count: int) -> bytes:
+def header_page(store_uuid: bytes, slot_count: int) -> bytes:
     fields = _HEADER.pack(HEAT_MAGIC, HEAT_VERSION, PAGE_BYTES, slot_count, store_uuid)
     return (fields + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(fields))).ljust(PAGE_BYTES, b"\0")
 
 
-def _slots_of_header(page: bytes, store_uuid: bytes) -> int | None:
-    """The slot count of a valid header page of this store."""
+def slots_of_file(descriptor: int, store_uuid: bytes) -> int | None:
+    """The slot count of a file with a valid header of this store, and of the size that it says."""
+    page = os.pread(descriptor, PAGE_BYTES, 0)
     if len(page) != PAGE_BYTES:
         return None
     slot_count: int = _HEADER.unpack_from(page)[3]
-    return slot_count if _usable_count(slot_count) and page == _header(store_uuid, slot_count) else None
-
-
-def _create(path: str, store_uuid: bytes, slot_count: int) -> None:
-    """Put an empty table in place of the file; processes that have the old one mapped keep it, unlinked.
-
-    All of it is allocated: storing into a hole of a mapped file on a full drive would kill the process.
-    """
-    temporary = f"{path}.new"
-    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-    try:
-        os.posix_fallocate(descriptor, 0, heat_bytes(slot_count))
-        os.pwrite(descriptor, _header(store_uuid, slot_count), 0)
-        os.rename(temporary, path)
-    except OSError:
-        os.unlink(temporary)
-        raise
-    finally:
-        os.close(descriptor)
+    if not _usable_count(slot_count) or page != header_page(store_uuid, slot_count):
+        return None
+    return slot_count if os.fstat(descriptor).st_size == heat_bytes(slot_count) else None

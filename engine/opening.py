@@ -33,6 +33,7 @@ from .config import MIB, Clock, StoreConfig, SystemClock
 from .core import FOLLOWERS_NAME, Core, Parts
 from .follower import open_follower_index
 from .heat import HeatTable, slots_for_capacity
+from .heat_file import SharedHeat
 from .index import Index
 from .index_open import fresh_index, open_index, remove_damaged_indexes
 from .recovery import list_segments, quarantined_ids, recover
@@ -110,7 +111,8 @@ def _open_core(path: str, config: StoreConfig, environment: Environment) -> Core
         _make_room(device, path, segments, listing)
         index = open_index(path, config, environment.index, counters)
         undo.callback(index.close)
-        heat = _open_heat(path, config, environment, superblock)
+        heat = _open_heat(path, config, environment, superblock, counters, writer=True)
+        undo.callback(heat.close)
         catalog = Catalog(index, counters)
         facts = (superblock.store_uuid, listing, clock, counters)
         recovered = recover(device, segments, catalog, *facts, ids_taken=taken)
@@ -244,11 +246,13 @@ def _make_room(device: Device, path: str, segments: SegmentTable, listing: list[
         device.sync_folder(segments.folder)
 
 
-def _open_heat(path: str, config: StoreConfig, environment: Environment, superblock: Superblock) -> HeatTable:
+def _open_heat(
+    path: str, config: StoreConfig, environment: Environment, superblock: Superblock, counters: Counters, *, writer: bool
+) -> SharedHeat:
     slot_count = slots_for_capacity(config.capacity_bytes)
     if environment.device is not None:
-        return HeatTable(slot_count)
-    return HeatTable.open(f"{path}/{HEAT_NAME}", superblock.store_uuid, slot_count, create=True)
+        return SharedHeat(HeatTable(slot_count), None, counters, writer=writer)
+    return SharedHeat.open(f"{path}/{HEAT_NAME}", superblock.store_uuid, slot_count, counters, writer=writer)
 
 
 def _open_follower(path: str, config: StoreConfig, environment: Environment) -> Core:
@@ -272,8 +276,8 @@ def _open_follower(path: str, config: StoreConfig, environment: Environment) -> 
             undo.callback(lock.release)
         index, catch_up = open_follower_index(path, environment.index, segments, counters)
         undo.callback(index.close)
-        slot_count = slots_for_capacity(config.capacity_bytes)
-        heat = HeatTable.open(f"{path}/{HEAT_NAME}", superblock.store_uuid, slot_count, create=False)
+        heat = _open_heat(path, config, environment, superblock, counters, writer=False)
+        undo.callback(heat.close)
         budget = Budget(config.capacity_bytes, 0)
         catalog = Catalog(index, counters)
         core = Core(
