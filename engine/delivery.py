@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from ..format.checksum import xxh3_64
 from ..format.codec import decode_stripe
@@ -19,11 +20,13 @@ from ..format.record import RecordHeader
 from ..format.stripe import StripeEntry, stripe_offsets
 from ..gds.buffers import aligned_array
 from .arena import Bytes
-from .blocks import BlockView
+from .blocks import BlockView, copy_spans
 from .index_entry import IndexEntry
 from .jobs import ReadJob
 
 STRIPES_PER_TASK = 8
+PIECE_BYTES = 1 << 20
+"""A raw block is hashed and copied in pieces of this size: small enough for the cache, long enough for the interpreter not to matter."""
 
 
 @dataclass(slots=True)
@@ -61,8 +64,6 @@ class Delivery:
         self._header = header
         self._stream = stream
         self._finish = finish
-        self._stripes: list[StripeEntry] = header.stripes.tolist()
-        self._offsets: list[int] = stripe_offsets(header.stripes).tolist()
         self._lock = threading.Lock()
         self._error: FormatError | None = None
         self._verified = True
@@ -70,9 +71,13 @@ class Delivery:
         if request.out.is_device and not request.direct:
             self._landing = aligned_array(request.out.nbytes)
             self._host = BlockView.of_host(self._landing)
-        count, size = len(self._stripes), request.stripes_per_task
+        count, size = len(header.stripes), request.stripes_per_task
         self.groups = [range(i, min(i + size, count)) for i in range(0, count, size)] or [range(0)]
         self._remaining = len(self.groups)
+        self._whole = header.codec is Codec.RAW and len(self.groups) == 1
+        if not self._whole:
+            self._stripes: list[StripeEntry] = header.stripes.tolist()
+            self._offsets: list[int] = stripe_offsets(header.stripes).tolist()
 
     def run(self, group: range) -> None:
         """Check and decode these stripes; the last group also concludes the delivery."""
@@ -96,11 +101,47 @@ class Delivery:
         return f"segment {self._header.segment_id:016x} offset {self._header.offset}"
 
     def _deliver(self, group: range) -> None:
+        if self._request.direct:
+            self._complete_in_place()
+        if self._request.direct and self._request.out.is_device:
+            self._verified = False  # no device-side checksum yet
+        elif self._whole:
+            self._deliver_whole()
+        else:
+            self._deliver_stripes(group)
+
+    def _complete_in_place(self) -> None:
+        """The tail of a destination behind its last whole page still lies in the bounce memory. Every group may do this."""
+        out, payload = self._request.out, self._request.payload
+        whole = whole_pages(out.nbytes)
+        if whole == out.nbytes:
+            return
+        assert payload is not None
+        tail = payload[: out.nbytes - whole]
+        BlockView((out.spans[0][whole:],), tail.size, out.is_device).copy_from_host([tail], self._stream)
+
+    def _deliver_whole(self) -> None:
+        """A raw block that one thread delivers: its own checksum covers all of it, and is one call instead of one for each stripe."""
         header, request = self._header, self._request
+        if request.direct:
+            actual = xxh3_64(request.out.spans[0])
+        else:
+            assert request.payload is not None
+            hasher = xxhash.xxh3_64()
+            for start in range(0, header.raw_length, PIECE_BYTES):
+                piece = request.payload[start : min(start + PIECE_BYTES, header.raw_length)]
+                hasher.update(piece)
+                copy_spans([piece], self._host.slice(start, start + piece.size))
+            actual = hasher.intdigest()
+        if actual != header.raw_checksum:
+            raise CorruptRecord("raw-checksum", where=self._where(), expected=f"{header.raw_checksum:016x}", actual=f"{actual:016x}")
+
+    def _deliver_stripes(self, group: range) -> None:
+        header = self._header
         for index in group:
             start = index * header.stripe_bytes
             stop = min(start + header.stripe_bytes, header.raw_length)
-            if request.direct:
+            if self._request.direct:
                 self._check_in_place(self._stripes[index], start, stop)
             else:
                 self._decode(index, start, stop)
@@ -121,20 +162,8 @@ class Delivery:
             position += target.size
 
     def _check_in_place(self, stripe: StripeEntry, start: int, stop: int) -> None:
-        """A stripe that was read straight into the destination; its tail behind the last whole page still lies in the bounce memory."""
-        request = self._request
-        whole = whole_pages(request.out.nbytes)
-        assert request.payload is not None
-        if stop > whole:
-            tail = request.payload[: stop - whole]
-            if request.out.is_device:
-                BlockView((request.out.spans[0][whole:stop],), stop - whole, True).copy_from_host([tail], self._stream)
-            else:
-                request.out.spans[0][whole:stop] = tail
-        if request.out.is_device:  # no device-side checksum yet: reported as unverified
-            self._verified = False
-            return
-        actual, expected = xxh3_64(request.out.spans[0][start:stop]), stripe[5]
+        """A stripe that was read straight into the destination."""
+        actual, expected = xxh3_64(self._request.out.spans[0][start:stop]), stripe[5]
         if actual != expected:
             raise CorruptRecord("stripe-checksum", where=self._where(), expected=f"{expected:016x}", actual=f"{actual:016x}")
 

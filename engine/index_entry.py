@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
-from operator import attrgetter
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -45,11 +43,9 @@ _SHORTEST_BYTES = _SEQUENCE_OFFSET + _SEQUENCE_AND_EXPIRY.size
 
 ENTRY_DTYPE = np.dtype([("version", "u1"), *((name, kind) for name, _, kind in _COLUMNS)])
 ENTRY_BYTES = _ENTRY.size
-_fields = attrgetter(*(name for name, _, _ in _COLUMNS))
 
 
-@dataclass(frozen=True, slots=True)
-class IndexEntry:
+class IndexEntry(NamedTuple):
     """One block as the index knows it. Lengths in bytes, times in UTC nanoseconds; the fields are those of the record's header."""
 
     version_seq: int
@@ -70,7 +66,7 @@ class IndexEntry:
 
     def pack(self) -> bytes:
         """``ENTRY_BYTES`` bytes."""
-        return _ENTRY.pack(ENTRY_VERSION, *_fields(self))
+        return _ENTRY.pack(ENTRY_VERSION, *self)
 
     @classmethod
     def unpack(cls, value: bytes) -> IndexEntry:
@@ -82,7 +78,7 @@ class IndexEntry:
                 actual=f"{len(value)} bytes, first byte {value[:1].hex() or 'missing'}",
                 action="Rebuild the index from the segments.",
             )
-        return cls(*_ENTRY.unpack(value)[1:])
+        return cls._make(_ENTRY.unpack(value)[1:])
 
 
 def expires_and_version(value: bytes) -> tuple[int, int]:

@@ -1,24 +1,28 @@
 """Reading blocks from the log: few large reads in flight, every byte checked, decoded straight into the destinations.
 
-A job's blocks are sorted by place and neighbours merged into extents. The thread that runs ``Reader.run`` only issues
-reads (it waits for bounce memory, which bounds the bytes in flight); checking and decoding happen on the decode pool as
-the reads complete. A raw block with a page-aligned destination is read straight into it; everything else is
-materialised once, from the bounce memory.
+A job's blocks are sorted by place and neighbours merged into extents. Each thread of the reading pool takes an extent, reads
+it, and checks and decodes it itself: no work changes threads on the way, which costs more than it is worth where a thread
+gets to run only after another has let go of the interpreter. Fewer reads are in flight than there are threads: were all of them
+to wait for the drive together, they would then work on what came together, and the drive would wait. Jobs take turns extent
+by extent. Where a job has fewer blocks than there are cores, the decode pool helps with their stripes.
+
+A raw block with a page-aligned destination is read straight into it; everything else is materialised once, from bounce
+memory.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ..format.errors import CorruptRecord, DeviceError, FormatError, StoreClosed
 from ..format.layout import PAGE_BYTES, STRIPES_MAX, Codec, RecordType
 from ..format.record import RecordHeader, check_place
-from ..gds.buffers import SlotPool
+from ..gds.buffers import SlotPool, aligned_array
 from ..gds.device import Device, DeviceFile
 from ..gds.threads import WorkerPool
 from .arena import Bytes
@@ -30,9 +34,12 @@ from .stats import Counters
 
 logger = logging.getLogger("kvlode")
 
-EXTENT_BYTES_MAX = 8 << 20
+EXTENT_BYTES_MAX = (8 << 20) + (256 << 10)
+"""What one request reads: 8 MiB of payload, and header pages."""
 GAP_BYTES_MAX = 64 << 10
 """Neighbouring records this close are read in one go, the gap included."""
+OWN_MEMORY_BYTES_MAX = 256 << 10
+"""Header pages beside blocks that are read in place: so little memory is not worth a slot of the bounce memory, nor the wait for one."""
 
 
 @dataclass(slots=True)
@@ -43,10 +50,18 @@ class _Extent:
     requests: list[ReadRequest]
     start: int
     stop: int
-    file: DeviceFile | None = None
     slot: Bytes | None = None
-    buffers: list[Any] = field(default_factory=list)
+    """Of the bounce memory, to be given back when the last record is delivered."""
     remaining: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Reads:
+    """What is left to read for a job."""
+
+    job: ReadJob
+    extents: deque[_Extent]
+    stream: Any
 
 
 class Reader:
@@ -57,7 +72,8 @@ class Reader:
         device: Device,
         segments: SegmentTable,
         store_uuid: bytes,
-        pool: WorkerPool,
+        read_pool: WorkerPool,
+        decode_pool: WorkerPool,
         bounce: SlotPool,
         counters: Counters,
         on_useless: Callable[[ReadRequest, FormatError | None], None],
@@ -65,29 +81,46 @@ class Reader:
         self._device = device
         self._segments = segments
         self._store_uuid = store_uuid
-        self._pool = pool
+        self._read_pool = read_pool
+        self._decode_pool = decode_pool
         self._bounce = bounce
         self._counters = counters
         self._on_useless = on_useless
         self._lock = threading.Lock()
+        self._turns = threading.Semaphore(max(1, read_pool.threads * 5 // 8))
 
     def run(self, job: ReadJob, requests: list[ReadRequest], *, direct: bool, stream: Any = None) -> None:
-        """Issue the reads of a job; returns when all are issued (or cancelled). ``direct`` allows I/O into the destinations."""
-        # Where there are blocks enough for all threads, each is one task: cutting it up costs the interpreter more than it wins.
-        stripes_per_task = STRIPES_MAX if len(requests) >= 2 * self._pool.threads else STRIPES_PER_TASK
+        """Start reading for a job; returns at once. ``direct`` allows I/O into the destinations."""
+        # Where there are blocks enough for all cores, each is one task: cutting it up costs the interpreter more than it wins.
+        stripes_per_task = STRIPES_MAX if len(requests) >= 2 * self._decode_pool.threads else STRIPES_PER_TASK
         for request in requests:
             request.direct = direct and self._direct_possible(request)
             request.stripes_per_task = stripes_per_task
-        for extent in self._extents(requests):
-            if job.cancelled:
-                self._settle(job, extent, Status.CANCELLED)
-                continue
-            try:
-                self._issue(job, extent, stream)
-            except DeviceError as error:
-                self._counters.add("read_errors")
-                logger.warning("%s", error)
-                self._settle(job, extent, Status.IO_ERROR)
+        reads = _Reads(job, deque(self._extents(requests)), stream)
+        for _ in range(min(len(reads.extents), self._read_pool.threads)):
+            self._enqueue(reads)
+
+    def _enqueue(self, reads: _Reads) -> None:
+        """One more turn for a job. After a close there is none: what it has not read is given up, for it must not wait for ever."""
+        try:
+            self._read_pool.run(self._take_turn, reads)
+        except StoreClosed:
+            while (extent := _next(reads)) is not None:
+                self._settle(reads.job, extent, Status.CANCELLED)
+
+    def _take_turn(self, reads: _Reads) -> None:
+        """Read one extent; the job then goes to the end of the queue."""
+        extent = _next(reads)
+        if extent is None:
+            return
+        try:
+            self._read(reads.job, extent, reads.stream)
+        except Exception as error:
+            self._counters.add("read_errors")
+            logger.warning("%s", error, exc_info=None if isinstance(error, DeviceError) else error)
+            self._settle(reads.job, extent, Status.IO_ERROR)
+        if reads.extents:
+            self._enqueue(reads)
 
     def _direct_possible(self, request: ReadRequest) -> bool:
         out = request.out
@@ -111,106 +144,98 @@ class Reader:
                 extents.append(_Extent(request.entry.segment_id, [request], start, stop))
         return extents
 
-    # --- issuing ----------------------------------------------------------------------------------------------
+    # --- reading ----------------------------------------------------------------------------------------------
 
-    def _issue(self, job: ReadJob, extent: _Extent, stream: Any) -> None:
-        file = self._segments.pin(extent.segment_id)
-        if file is None:  # freed since the index was asked, or its file is lost: the entry must not promise it for ever
-            for request in extent.requests:
-                self._on_useless(request, None)
-            self._settle(job, extent, Status.MISS)
+    def _read(self, job: ReadJob, extent: _Extent, stream: Any) -> None:
+        """Read an extent and deliver its blocks. An error means that none of them was settled and nothing reads into them any more."""
+        file = None if job.cancelled else self._segments.pin(extent.segment_id)
+        if file is None:
+            self._not_read(job, extent)
             return
         try:
-            extent.file = file
-            self._lay_out(extent)
-            read = None if job.cancelled else file.read(extent.start, extent.buffers)
+            buffers = self._lay_out(extent)
+            if job.cancelled:  # while it waited for bounce memory
+                self._release_slot(extent)
+                self._settle(job, extent, Status.CANCELLED)
+                return
+            with self._turns:
+                read_bytes = file.read_now(extent.start, buffers)
+            self._check_length(extent, file, read_bytes)
         except BaseException:
-            self._segments.unpin(extent.segment_id)
             self._release_slot(extent)
             raise
-        if read is None:  # cancelled while it waited for bounce memory
-            self._segments.unpin(extent.segment_id)
-            self._release_slot(extent)
-            self._settle(job, extent, Status.CANCELLED)
-            return
-        read.add_done_callback(lambda done: self._arrived(job, extent, done, stream))
-
-    def _arrived(self, job: ReadJob, extent: _Extent, read: Future[int], stream: Any) -> None:
-        """A read is over (on a thread of the device). One that outlived a close is given up; its job must not wait for ever."""
-        try:
-            self._pool.run(self._complete, job, extent, read, stream)
-        except StoreClosed:
-            self._segments.unpin(extent.segment_id)
-            self._release_slot(extent)
-            self._settle(job, extent, Status.CANCELLED)
-
-    def _lay_out(self, extent: _Extent) -> None:
-        """Bounce memory for all that is not read straight into a destination, and the list of buffers in file order."""
-        direct_bytes = sum(whole_pages(r.out.nbytes) for r in extent.requests if r.direct)
-        extent.slot = self._bounce.acquire(extent.stop - extent.start - direct_bytes)
-        assert extent.slot is not None  # waits without limit: decoding releases it
-        extent.remaining = len(extent.requests)
-        used, position = 0, extent.start
-        run_start = 0
-        for request in extent.requests:
-            used += request.entry.offset - position
-            request.page = extent.slot[used : used + PAGE_BYTES]
-            used += PAGE_BYTES
-            payload_bytes = request.record_bytes - PAGE_BYTES
-            if request.direct:
-                whole = whole_pages(request.out.nbytes)
-                extent.buffers += [extent.slot[run_start:used], request.out.spans[0][:whole]]
-                run_start, payload_bytes = used, payload_bytes - whole
-            request.payload = extent.slot[used : used + payload_bytes]
-            used += payload_bytes
-            position = request.entry.offset + request.record_bytes
-        if used > run_start:
-            extent.buffers.append(extent.slot[run_start:used])
-
-    # --- completing (decode pool) -------------------------------------------------------------------------------
-
-    def _complete(self, job: ReadJob, extent: _Extent, read: Future[int], stream: Any) -> None:
-        try:
-            read_bytes = read.result()
-            self._check_length(extent, read_bytes)
-        except Exception as error:
-            self._counters.add("read_errors")
-            logger.warning("%s", error)
-            self._release_slot(extent)
-            self._settle(job, extent, Status.IO_ERROR)
-            return
         finally:
             self._segments.unpin(extent.segment_id)
         for request in extent.requests:
             complete = request.entry.offset + request.record_bytes <= extent.start + read_bytes
             self._check_and_deliver(job, extent, request, complete, stream)
 
+    def _not_read(self, job: ReadJob, extent: _Extent) -> None:
+        """Cancelled; or freed since the index was asked, or its file is lost: the entry must not promise it for ever."""
+        if not job.cancelled:
+            for request in extent.requests:
+                self._on_useless(request, None)
+        self._settle(job, extent, Status.CANCELLED if job.cancelled else Status.MISS)
+
+    def _lay_out(self, extent: _Extent) -> list[Any]:
+        """The list of buffers in file order: destinations, and bounce memory for all that is not read straight into one."""
+        direct_bytes = sum(whole_pages(r.out.nbytes) for r in extent.requests if r.direct)
+        slot = self._memory(extent, extent.stop - extent.start - direct_bytes)
+        extent.remaining = len(extent.requests)
+        buffers: list[Any] = []
+        used, position = 0, extent.start
+        run_start = 0
+        for request in extent.requests:
+            used += request.entry.offset - position
+            request.page = slot[used : used + PAGE_BYTES]
+            used += PAGE_BYTES
+            payload_bytes = request.record_bytes - PAGE_BYTES
+            if request.direct:
+                whole = whole_pages(request.out.nbytes)
+                buffers += [slot[run_start:used], request.out.spans[0][:whole]]
+                run_start, payload_bytes = used, payload_bytes - whole
+            request.payload = slot[used : used + payload_bytes]
+            used += payload_bytes
+            position = request.entry.offset + request.record_bytes
+        if used > run_start:
+            buffers.append(slot[run_start:used])
+        return buffers
+
+    def _memory(self, extent: _Extent, size_bytes: int) -> Bytes:
+        if size_bytes <= OWN_MEMORY_BYTES_MAX:
+            return aligned_array(size_bytes)
+        slot = self._bounce.acquire(size_bytes)
+        assert slot is not None  # waits without limit: whoever has memory delivers from it without waiting for more
+        extent.slot = slot
+        return slot
+
+    # --- completing ---------------------------------------------------------------------------------------------
+
     @staticmethod
-    def _check_length(extent: _Extent, read_bytes: int) -> None:
+    def _check_length(extent: _Extent, file: DeviceFile, read_bytes: int) -> None:
         """A read that ends before the file does has failed; only a file that ends too early has lost something."""
-        assert extent.file is not None
-        if extent.start + read_bytes < min(extent.stop, extent.file.status().size_bytes):
-            length = extent.stop - extent.start
-            raise DeviceError("read", extent.file.path, offset=extent.start, length=length, detail=f"it ended after {read_bytes} bytes")
+        length = extent.stop - extent.start
+        if read_bytes < length and extent.start + read_bytes < min(extent.stop, file.status().size_bytes):
+            raise DeviceError("read", file.path, offset=extent.start, length=length, detail=f"it ended after {read_bytes} bytes")
 
     def _check_and_deliver(self, job: ReadJob, extent: _Extent, request: ReadRequest, complete: bool, stream: Any) -> None:
         try:
             header = self._checked_header(request, complete)
+            if header.raw_length != request.out.nbytes:
+                self._counters.add("wrong_size_reads")
+                self._done_with(extent)
+                job.settle(request.position, Status.WRONG_SIZE)
+                return
+            delivery = Delivery(job, request, header, stream, lambda error, verified: self._finish(job, extent, request, error, verified))
         except FormatError as error:
             self._finish(job, extent, request, error)
             return
         except Exception as defect:  # never leave a job without an answer
             self._finish(job, extent, request, CorruptRecord("unreadable-header", where=request.key.hex(), actual=repr(defect)))
             return
-        if header.raw_length != request.out.nbytes:
-            self._counters.add("wrong_size_reads")
-            self._done_with(extent)
-            job.settle(request.position, Status.WRONG_SIZE)
-            return
-        delivery = Delivery(job, request, header, stream, lambda error, verified: self._finish(job, extent, request, error, verified))
         for group in delivery.groups[1:]:
             try:
-                self._pool.run(delivery.run, group)
+                self._decode_pool.run(delivery.run, group)
             except StoreClosed:  # the pool works off what it has, this task for one
                 delivery.run(group)
         delivery.run(delivery.groups[0])
@@ -257,3 +282,11 @@ class Reader:
     def _settle(job: ReadJob, extent: _Extent, status: Status) -> None:
         for request in extent.requests:
             job.settle(request.position, status)
+
+
+def _next(reads: _Reads) -> _Extent | None:
+    """The next extent that nobody else reads; ``None`` when there is none."""
+    try:
+        return reads.extents.popleft()
+    except IndexError:
+        return None

@@ -206,6 +206,9 @@ class CuFileFile:
     def read(self, offset: int, buffers: Sequence[IoBuffer]) -> Future[int]:
         return self._start(offset, buffers, write=False)
 
+    def read_now(self, offset: int, buffers: Sequence[IoBuffer]) -> int:
+        return self.read(offset, buffers).result()
+
     def write(self, offset: int, buffers: Sequence[IoBuffer]) -> Future[int]:
         return self._start(offset, buffers, write=True)
 

@@ -75,6 +75,10 @@ class DeviceFile(Protocol):
         """Fill ``buffers`` one after the other from ``offset``; the future is the number of bytes read (short only at the file's end)."""
         ...
 
+    def read_now(self, offset: int, buffers: Sequence[IoBuffer]) -> int:
+        """``read``, for a thread that waits for it anyway: returns when the bytes are there, with their number."""
+        ...
+
     def write(self, offset: int, buffers: Sequence[IoBuffer]) -> Future[int]:
         """Write ``buffers`` one after the other at ``offset``; the future is the number of bytes, always all of them."""
         ...

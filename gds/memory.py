@@ -255,6 +255,9 @@ class MemoryFile:
         views = byte_views(buffers, writable=True)
         return self._start("read", offset, views, lambda: self._read(offset, views))
 
+    def read_now(self, offset: int, buffers: Sequence[HostBuffer]) -> int:
+        return self.read(offset, buffers).result()
+
     def write(self, offset: int, buffers: Sequence[HostBuffer]) -> Future[int]:
         views = byte_views(buffers, writable=False)
         if not self._writable:

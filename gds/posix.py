@@ -29,13 +29,15 @@ from .os_calls import (
 )
 from .posix_lock import take_lock
 from .threads import WorkerPool
-from .transfer import ByteView, Chunk, Gather, PathCounters, Uses, byte_views, finished, is_aligned, split
+from .transfer import ByteView, Chunk, Gather, PathCounters, Uses, byte_views, finished, is_aligned, rest_of, split
 
 ALIGNMENT_BYTES = 4096
 THREADS_DEFAULT = 16
 CHUNK_BYTES_DEFAULT = 4 << 20
 IOV_MAX = 1024
 """Pieces of memory per system call (Linux)."""
+NOW_BYTES_MAX = 16 << 20
+"""A read of up to this much is one system call of the thread that asked: it alone keeps a drive's queue busy. More is cut up."""
 CLOSE_TIMEOUT_S = 30.0
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _ZEROS = bytes(1 << 20)
@@ -192,6 +194,19 @@ class PosixFile:
     def read(self, offset: int, buffers: Sequence[HostBuffer]) -> Future[int]:
         return self._start(offset, byte_views(buffers, writable=True), write=False)
 
+    def read_now(self, offset: int, buffers: Sequence[HostBuffer]) -> int:
+        """On the calling thread, unless it is a long one."""
+        views = byte_views(buffers, writable=True)
+        length = sum(view.nbytes for view in views)
+        if offset < 0 or length > NOW_BYTES_MAX or len(views) > IOV_MAX:
+            return self._start(offset, views, write=False).result()
+        direct = self.direct and is_aligned(offset, views, self._memory_alignment, self._offset_alignment)
+        self._uses.begin("read")
+        try:
+            return self._run(Chunk(offset, length, views), write=False, direct=direct)
+        finally:
+            self._uses.end()
+
     def write(self, offset: int, buffers: Sequence[HostBuffer]) -> Future[int]:
         return self._start(offset, byte_views(buffers, writable=False), write=True)
 
@@ -333,7 +348,7 @@ class PosixFile:
             done_bytes += moved
             if moved == 0 or done_bytes == chunk.length or (not write and path is IoPath.DIRECT and moved % self._offset_alignment):
                 break  # through, or at the end of the file
-            views = _after(views, moved)
+            views = rest_of(views, moved)
         if path is IoPath.BUFFERED:
             self._leave_cache(descriptor, chunk.offset, done_bytes, write=write)
         self._device.count(path, done_bytes, write=write)
@@ -371,15 +386,6 @@ class PosixFile:
         if end:
             with suppress(OSError):
                 os.posix_fadvise(self._buffered, 0, end, os.POSIX_FADV_DONTNEED)
-
-
-def _after(views: list[ByteView], moved: int) -> list[ByteView]:
-    """What is left of the views behind the first ``moved`` bytes."""
-    for number, view in enumerate(views):
-        if moved < view.nbytes:
-            return [view[moved:], *views[number + 1 :]]
-        moved -= view.nbytes
-    return []
 
 
 def _file_status(state: os.stat_result) -> FileStatus:

@@ -81,6 +81,15 @@ def split(offset: int, views: Sequence[ByteView], chunk_bytes: int, views_max: i
         yield Chunk(start, length, gathered)
 
 
+def rest_of(views: list[ByteView], moved: int) -> list[ByteView]:
+    """What is left of the views behind the first ``moved`` bytes."""
+    for number, view in enumerate(views):
+        if moved < view.nbytes:
+            return [view[moved:], *views[number + 1 :]]
+        moved -= view.nbytes
+    return []
+
+
 class Gather:
     """The future of a request whose chunks run by themselves.
 

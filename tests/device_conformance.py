@@ -151,6 +151,22 @@ class DeviceConformance:
         assert done(file.read(8 * PAGE, [out])) == 0
         file.close()
 
+    @pytest.mark.parametrize("offset", [0, PAGE, 100])
+    def test_a_read_on_the_own_thread_is_the_same_read(self, device: Any, folder: str, offset: int) -> None:
+        file = written(device, f"{folder}/a", noise(3, 20 * PAGE))
+        for count in (0, 1, 3, 1100):  # more buffers than one system call takes
+            ours, theirs = ([aligned_array(PAGE) for _ in range(count)] for _ in range(2))
+            for buffer in (*ours, *theirs):
+                buffer[:] = 0xA5
+            assert file.read_now(offset, ours) == done(file.read(offset, theirs))
+            assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        long = aligned_array(24 << 20)  # longer than one system call is meant to be
+        assert file.read_now(offset, [long]) == 20 * PAGE - offset
+        file.close()
+        with pytest.raises(DeviceError) as caught:
+            file.read_now(0, [long])
+        assert caught.value.errno == errno.EBADF
+
     def test_a_request_without_bytes_is_done_at_once(self, device: Any, folder: str) -> None:
         file = written(device, f"{folder}/a", noise(4, PAGE))
         for buffers in ([], [np.zeros(0, np.uint8)], [b""]):

@@ -569,7 +569,7 @@ def _dangling(target: StoreUnderTest) -> Lost:
     _, place = a_block(target)
     entry = index_entry(place.header)
     assert entry is not None
-    changing_index(target, {ONE.digest + b"nowhere": dataclasses.replace(entry, segment_id=target.segment_ids()[0] + (1 << 32)).pack()})
+    changing_index(target, {ONE.digest + b"nowhere": entry._replace(segment_id=target.segment_ids()[0] + (1 << 32)).pack()})
     return set()
 
 
@@ -578,7 +578,7 @@ def _dangling_record(target: StoreUnderTest) -> Lost:
     _, place = a_block(target, lambda header: header.stored_length > PAGE_BYTES)
     entry = index_entry(place.header)
     assert entry is not None
-    changing_index(target, {ONE.digest + b"nowhere": dataclasses.replace(entry, offset=place.offset + PAGE_BYTES).pack()})
+    changing_index(target, {ONE.digest + b"nowhere": entry._replace(offset=place.offset + PAGE_BYTES).pack()})
     return set()
 
 
@@ -596,7 +596,7 @@ def _stale(target: StoreUnderTest) -> Lost:
     block, place = a_block(target)
     entry = index_entry(place.header)
     assert entry is not None
-    changing_index(target, {block[0].digest + block[1]: dataclasses.replace(entry, payload_checksum=entry.payload_checksum ^ 1).pack()})
+    changing_index(target, {block[0].digest + block[1]: entry._replace(payload_checksum=entry.payload_checksum ^ 1).pack()})
     return set()
 
 

@@ -79,7 +79,7 @@ class Damaging:
             return
         entry = index_entry(self._places[block].header)
         assert entry is not None
-        spoiled = dataclasses.replace(entry, payload_checksum=entry.payload_checksum ^ (1 + blow.how))
+        spoiled = entry._replace(payload_checksum=entry.payload_checksum ^ (1 + blow.how))
         changing_index(self.target, {block[0] + block[1]: spoiled.pack()})
 
     def _strike_segment(self, blow: Blow, segment_id: int, path: str) -> None:

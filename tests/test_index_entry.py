@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import types
 
 import numpy as np
@@ -47,9 +46,8 @@ def test_an_entry_survives_packing_and_shows_its_sequence_and_expiry_without_unp
 @given(ENTRIES)
 def test_the_array_type_reads_what_pack_writes(entry: IndexEntry) -> None:
     row = np.frombuffer(entry.pack(), ENTRY_DTYPE)[0]
-    for field in dataclasses.fields(entry):
-        stored = row[field.name]
-        assert (stored.tobytes() if field.name == "parent" else int(stored)) == getattr(entry, field.name)
+    for name, value in entry._asdict().items():
+        assert (row[name].tobytes() if name == "parent" else int(row[name])) == value
 
 
 @given(st.binary(max_size=2 * ENTRY_BYTES))
@@ -62,14 +60,14 @@ def test_bytes_of_another_size_or_version_are_damage_and_nothing_else(value: byt
 
 
 def _table(entries: list[IndexEntry], parents: np.ndarray) -> types.SimpleNamespace:
-    names = [f.name for f in dataclasses.fields(IndexEntry) if f.name not in ("segment_id", "offset", "parent")]
+    names = [name for name in IndexEntry._fields if name not in ("segment_id", "offset", "parent")]
     columns = {name: np.array([getattr(e, name) for e in entries], dtype=np.uint64) for name in names}
     return types.SimpleNamespace(**columns, page=np.array([e.offset // 4096 for e in entries], dtype=np.uint32), parent=parents)
 
 
 @given(st.lists(ENTRIES, max_size=8), st.integers(0, 2**64 - 1), st.booleans())
 def test_a_table_packs_to_the_same_bytes_as_its_rows_one_by_one(entries: list[IndexEntry], segment_id: int, as_void: bool) -> None:
-    entries = [dataclasses.replace(e, segment_id=segment_id, offset=e.offset % 2**32 * 4096) for e in entries]
+    entries = [e._replace(segment_id=segment_id, offset=e.offset % 2**32 * 4096) for e in entries]
     parents = np.frombuffer(b"".join(e.parent for e in entries), np.uint8).reshape(-1, 16)
     table = _table(entries, parents.view("V16").reshape(-1) if as_void else parents)
     assert pack_table(table, segment_id) == [e.pack() for e in entries]

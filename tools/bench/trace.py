@@ -113,6 +113,15 @@ class _TracingFile(WrappingFile):
         self._device.note("read", self._number, offset, length)
         return self._counted(super().read(offset, buffers), length, write=False)
 
+    def read_now(self, offset: int, buffers: Sequence[IoBuffer]) -> int:
+        length = sum(buffer.nbytes for buffer in buffers)
+        self._device.note("read", self._number, offset, length)
+        self._device.began(length)
+        try:
+            return self.inner.read_now(offset, buffers)
+        finally:
+            self._device.ended(length, write=False)
+
     def write(self, offset: int, buffers: Sequence[IoBuffer]) -> Future[int]:
         length = sum(buffer.nbytes for buffer in buffers)
         self._device.note("write", self._number, offset, length)

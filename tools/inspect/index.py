@@ -101,7 +101,7 @@ def _row(ident: bytes, value: bytes) -> dict[str, Any]:
         entry = IndexEntry.unpack(value)
     except IndexDamaged as error:
         return names | {"problem": str(error)}
-    values = {name: getattr(entry, name) for name in IndexEntry.__slots__}
+    values = entry._asdict()
     return names | values | {"segment": f"{entry.segment_id:016x}", "codec": codec_name(entry.codec)}
 
 
