@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from fsck_stores import BLOCK_BYTES_MAX, DROPPED, ONE, SEGMENT_BYTES, TWO, StoreUnderTest, fill, in_folder, in_memory, tiny
+from kvlode.engine.config import parse_bytes
 from kvlode.format.errors import InvalidConfig, PathUnavailable, StoreLocked
 from kvlode.format.layout import LOCK_NAME, PAGE_BYTES, RecordType, segment_name
 from kvlode.format.record import RecordHeader
@@ -22,7 +23,7 @@ from kvlode.gds.testing import Fault, FaultyDevice, Open, RecordingDevice, Sync,
 from kvlode.tools.fsck.findings import ExitBit, Report
 from kvlode.tools.fsck.options import CheckOptions, Level, Sample, Stop
 from kvlode.tools.fsck.problems import PROBLEMS, Repair, Severity
-from kvlode.tools.fsck.progress import JsonProgress
+from kvlode.tools.fsck.progress import JsonProgress, amount_text
 from kvlode.tools.fsck.run import check_store
 from model import block_bytes
 
@@ -512,10 +513,10 @@ class StopAt:
         if self.left == 0:
             self.stop.interrupt()
 
-    def begin(self, name: str, total_bytes: int) -> None:
+    def begin(self, name: str, total: int, unit: str = "bytes") -> None:
         self._step()
 
-    def advance(self, size_bytes: int, place: str = "") -> None:
+    def advance(self, count: int, place: str = "") -> None:
         self._step()
 
     def end(self) -> None:
@@ -560,6 +561,7 @@ def test_a_sample_is_drawn_by_its_seed_and_its_size() -> None:
     assert len(Sample.parse("5MiB").choose(segments, 3)) == 5
     assert Sample.parse("7%").choose(segments, 3) == Sample.parse("7%").choose(segments, 3) != Sample.parse("7%").choose(segments, 4)
     assert len(Sample.parse("1").choose(segments, 3)) == 1
+    assert Sample.parse("20GB").size_bytes == parse_bytes("20GB") and Sample.parse("20 GiB").size_bytes == 20 << 30
 
 
 @pytest.mark.parametrize("text", ["", "0%", "101%", "0/3", "4/3", "1/0", "-5%", "10 apples", "0", "GiB", "1e3", "٣%"])
@@ -588,7 +590,29 @@ def test_progress_is_json_with_rate_and_time_left() -> None:
     progress.end()
     middle = json.loads(lines[1])
     assert middle["type"] == "progress" and middle["schema"] == 1
-    assert middle["pass"] == "payloads" and middle["bytes"] == 100 and middle["rate_bytes_s"] > 0 and middle["left_s"] > 0
+    assert middle["pass"] == "payloads" and middle["done"] == 100 and middle["rate_s"] > 0 and middle["left_s"] > 0
+
+
+def test_every_pass_says_how_much_of_what_there_is_to_do() -> None:
+    target = fill(in_memory(), blocks=12)
+    lines: list[str] = []
+    options = CheckOptions(level=Level.FULL, now_ns=target.clock.now_ns())
+    report = check_store(target.device, target.path, options, target.source(), JsonProgress(lines.append))
+    last = {line["pass"]: line for line in map(json.loads, lines)}
+    units = {name: line["unit"] for name, line in last.items()}
+    assert units == {
+        "segment headers and seals": "segments", "record walk": "bytes", "payloads": "bytes",
+        "segments -> index": "records", "index -> segments": "entries",
+    }  # fmt: skip
+    assert last["segment headers and seals"]["done"] == last["segment headers and seals"]["total"] == report.coverage.segments_present
+    assert last["segments -> index"]["done"] == last["segments -> index"]["total"] == report.coverage.records_present
+    assert last["index -> segments"]["done"] == last["index -> segments"]["total"] == report.coverage.index_entries
+
+
+def test_amounts_are_read_by_people() -> None:
+    assert amount_text(1 << 30, 2 << 30, "bytes", 1 << 20) == "1.0 GiB of 2.0 GiB, 1.0 MiB/s"
+    assert amount_text(3, 2000, "segments", 1.4) == "3 of 2,000 segments, 1/s"
+    assert amount_text(1500, 0, "entries", 100.0) == "1,500 entries, 100/s"
 
 
 # --- what can be in the way -------------------------------------------------------------------------------------------------

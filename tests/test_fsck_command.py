@@ -142,7 +142,10 @@ def test_a_store_in_use_is_an_operational_error_with_a_summary(target: StoreUnde
     try:
         assert store.namespace(ONE).put(b"another", bytes(5000)) and store.flush()
         done = run(target.path)
-        assert done.returncode == ExitBit.OPERATIONAL and "--live" in done.stdout and "Traceback" not in done.stderr
+        assert_one_line(done, int(ExitBit.OPERATIONAL), "--live")
+        assert done.stdout == ""
+        summary = as_json(target.path, code=int(ExitBit.OPERATIONAL))[-1]
+        assert summary["type"] == "summary" and "--live" in summary["errors"][0]
         live = run("--live", "--full", target.path)
         assert live.returncode == 0, live.stdout
         assert "running writer" in live.stdout
@@ -230,6 +233,17 @@ def test_a_repair_is_asked_for_shown_and_done(target: StoreUnderTest) -> None:
     assert "1. segments/stranger" in done.stdout and "done: " in done.stdout
     assert run(target.path).returncode == 0
     target.assert_serves_everything()
+
+
+@pytest.mark.parametrize("extra", [[], ["--json"]])
+def test_a_repair_that_nobody_agreed_to_shows_its_plan_and_touches_nothing(extra: list[str], target: StoreUnderTest) -> None:
+    stranger = Path(target.path) / "segments" / "stranger"
+    stranger.write_bytes(b"x")
+    done = run("--repair", *extra, target.path)
+    assert done.returncode == ExitBit.USAGE, done.stdout + done.stderr
+    assert "1. segments/stranger" in (done.stderr if extra else done.stdout)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("kvlode: ") and "--yes" in last and stranger.exists()
 
 
 # --- text -------------------------------------------------------------------------------------------------------------------

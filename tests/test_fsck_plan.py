@@ -10,7 +10,7 @@ import pytest
 from kvlode.format.errors import InvalidConfig
 from kvlode.format.layout import segment_name
 from kvlode.tools.fsck.check_index import NO_SUCH_SEGMENT
-from kvlode.tools.fsck.consent import agrees, check_consent_possible
+from kvlode.tools.fsck.consent import agrees
 from kvlode.tools.fsck.findings import Finding, Report
 from kvlode.tools.fsck.plan import TARGETED_MAX, Plan, make_plan
 from kvlode.tools.fsck.problems import Repair
@@ -158,8 +158,11 @@ def test_nobody_is_asked_about_an_empty_plan() -> None:
     assert shown == ["nothing to repair"]
 
 
-def test_without_a_terminal_consent_is_a_matter_of_usage() -> None:
-    check_consent_possible(yes=True, interactive=False)
-    check_consent_possible(yes=False, interactive=True)
-    with pytest.raises(InvalidConfig, match="--yes"):
-        check_consent_possible(yes=False, interactive=False)
+def test_without_a_terminal_the_plan_is_shown_and_consent_is_a_matter_of_usage() -> None:
+    plan = make_plan(report_of(Finding("SEG-NAME", "segments/x")), lossy=False)
+    for made in (plan, make_plan(report_of(), lossy=False)):
+        shown: list[str] = []
+        with pytest.raises(InvalidConfig, match="--yes"):
+            agrees(made, yes=False, show=shown.append, ask=None)
+        assert shown == [made.text]
+    assert agrees(plan, yes=True, show=shown.append, ask=None)

@@ -451,7 +451,7 @@ def test_an_interrupt_ends_a_wait_for_the_rate() -> None:
 
 
 def test_rates_and_intervals_as_people_write_them() -> None:
-    assert [parse_rate(text) for text in ("100MiB/s", "1.5G", "4096", " 20 mib/s ", "0", "none", "None", "0/s")] == [
+    assert [parse_rate(text) for text in ("100MiB/s", "1.5GiB", "4096", " 20 mib/s ", "0", "none", "None", "0/s")] == [
         100 << 20, 3 << 29, 4096, 20 << 20, None, None, None, None,
     ]  # fmt: skip
     assert [parse_interval(text) for text in ("7d", "12h", "30min", "90s", "0.5 d")] == [7 * DAY_S, DAY_S / 2, 1800, 90, DAY_S / 2]

@@ -93,6 +93,11 @@ def bytes_text(size_bytes: float) -> str:
     raise AssertionError("unreachable")
 
 
+def count_text(count: int, one: str, many: str = "") -> str:
+    """``1 problem``, ``2 problems``; ``many`` for a plural that is more than an s."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
 def share_text(part: float, whole: float) -> str:
     """A share in whole percent; ``<1%`` for what would be rounded away, ``-`` of nothing."""
     if not whole:

@@ -21,7 +21,7 @@ from .check_records import SegmentRecords
 from .findings import Finding
 from .index_view import IndexState, IndexView, Row
 from .kills import Kills
-from .options import Stop
+from .options import Progress, Stop
 from .source import SegmentReader
 
 INDEX_PATH = "index"
@@ -185,19 +185,21 @@ def report_orphans(matches: Sequence[SegmentMatch], add: Callable[[Finding], Non
         freeing = freeing and match.entries == 0
 
 
-def count_entries(view: IndexView, stop: Stop) -> tuple[Counter[int], list[bytes]]:
+def count_entries(view: IndexView, stop: Stop, progress: Progress) -> tuple[Counter[int], list[bytes]]:
     """Entries by segment, and up to a thousand keys whose value has an unknown layout (their number is ``counter[-1]``)."""
     counts: Counter[int] = Counter()
     unknown: list[bytes] = []
-    for number, (ident, row) in enumerate(view.scan()):
+    for number, (ident, row) in enumerate(view.scan(), 1):
         if number % LOOKUPS_PER_BATCH == 0:
             stop.check()
+            progress.advance(LOOKUPS_PER_BATCH)
         if row is not None:
             counts[row.segment_id] += 1
             continue
         counts[-1] += 1
         if len(unknown) < 1000:
             unknown.append(ident)
+    progress.advance(counts.total() % LOOKUPS_PER_BATCH)
     return counts, unknown
 
 

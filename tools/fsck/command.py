@@ -14,7 +14,7 @@ from types import FrameType
 from ...format.errors import InvalidConfig, KvlodeError, PathUnavailable
 from ...gds.device import Device
 from ...gds.posix import PosixDevice
-from .consent import agrees, check_consent_possible
+from .consent import agrees
 from .findings import ExitBit, Report
 from .index_view import IndexSource
 from .options import CheckOptions, Progress, Silence, Stop
@@ -74,7 +74,7 @@ class _Session:
         self._request = request
         self._stop = stop
         self._usage = False
-        self._failure = ""
+        self._only_failure = False
         self._device = PosixDevice()
         self._bars: BarProgress | None = None
 
@@ -83,7 +83,8 @@ class _Session:
         if request.repair is not None:
             if options.live:
                 raise InvalidConfig("a store in use cannot be repaired", expected="either --repair or --live", actual="both")
-            check_consent_possible(yes=request.yes, interactive=sys.stdin.isatty())
+            if os.path.isfile(request.path):
+                raise InvalidConfig("one segment file cannot be repaired by itself", where=request.path, action="Name the store's folder.")
         path = os.path.abspath(request.path)
         progress = self._progress()
         source = make_source(self._device, path)
@@ -92,9 +93,7 @@ class _Session:
             return
         lossy = request.repair == "lossy"
         plan = make_plan(self.report, lossy=lossy, has_index=source is not None)
-        if os.path.isfile(path):
-            raise InvalidConfig("one segment file cannot be repaired by itself", where=path, action="Name the store's folder.")
-        if agrees(plan, yes=request.yes, show=self._show_plan, ask=self._ask):
+        if agrees(plan, yes=request.yes, show=self._show_plan, ask=self._ask if sys.stdin.isatty() else None):
             now_ns = options.now_ns if options.now_ns is not None else time.time_ns()
             self.report = repair_store(
                 self._device, path, self.report, options, source, lossy=lossy, now_ns=now_ns, progress=progress, stop=self._stop
@@ -124,12 +123,10 @@ class _Session:
         return line
 
     def fail(self, error: KvlodeError) -> None:
-        """The run ended in an error: a wrong request, or one that could not be carried out."""
-        if isinstance(error, InvalidConfig | PathUnavailable):
-            self._usage = True
-            self._failure = str(error)
-        else:
-            self.report.errors.append(str(error))
+        """The run ended in an error: a wrong request, or one that could not be carried out. Where nothing was checked it is all there is."""
+        self._usage = isinstance(error, InvalidConfig | PathUnavailable)
+        self._only_failure = self._usage or not self.report.passes
+        self.report.errors.append(str(error))
 
     def close(self) -> None:
         if self._bars is not None:
@@ -137,21 +134,20 @@ class _Session:
         self._device.close()
 
     def print_report(self) -> int:
-        """To standard output; whoever reads it may stop reading."""
-        code = self.report.exit_code | (ExitBit.USAGE if self._usage else 0)
-        if self._failure:
-            print(f"kvlode: {self._failure}", file=sys.stderr)
-            self.report.errors.append(self._failure)
+        """To standard output; whoever reads it may stop reading. A request that cannot work is that alone, whatever was found before."""
+        code = int(ExitBit.USAGE) if self._usage else self.report.exit_code
+        if self._only_failure:
+            print(f"kvlode: {self.report.errors[-1]}", file=sys.stderr)
         try:
             if self._request.as_json:
                 for finding in self.report.findings:
                     print(problem_json(finding))
                 print(summary_json(self.report, code), flush=True)
-            elif not self._usage:
+            elif not self._only_failure:
                 print("\n".join(report_lines(self.report, code)), flush=True)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it ends
-        return int(code)
+        return code
 
 
 @contextlib.contextmanager

@@ -8,23 +8,23 @@ from ...format.errors import InvalidConfig
 from .plan import Plan
 
 
-def check_consent_possible(*, yes: bool, interactive: bool) -> None:
-    """Raises ``InvalidConfig`` where a repair is asked for and nobody could agree to its plan: before anything is read."""
-    if not yes and not interactive:
+def agrees(plan: Plan, *, yes: bool, show: Callable[[str], None], ask: Callable[[str], str] | None) -> bool:
+    """Show the plan; whether it may be carried out.
+
+    ``ask`` prints a question and returns a line, or raises ``EOFError``; ``None`` where nobody can be asked: ``InvalidConfig``
+    without ``yes``, whatever the plan is, so that a script that lacks it fails before the day on which something is damaged.
+    """
+    show(plan.text)
+    if ask is None and not yes:
         raise InvalidConfig(
-            "a repair without a terminal needs consent",
+            "a repair without a terminal needs consent, so nothing was touched",
             expected="--yes, or a terminal to ask on",
             actual="neither",
-            action="Look at the plan in a terminal first, or add --yes.",
+            action="Look at the plan above, then add --yes to carry it out.",
         )
-
-
-def agrees(plan: Plan, *, yes: bool, show: Callable[[str], None], ask: Callable[[str], str]) -> bool:
-    """Show the plan; whether it may be carried out. ``ask`` prints a question and returns a line, or raises ``EOFError``."""
-    show(plan.text)
     if not plan.actions:
         return False
-    if yes:
+    if yes or ask is None:
         return True
     try:
         return ask("Carry this out? [y/N] ").strip().lower() in ("y", "yes")

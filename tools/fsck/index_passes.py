@@ -22,7 +22,7 @@ from .check_records import SegmentRecords
 from .findings import Finding, Report
 from .index_view import IndexSource, IndexState, IndexUnreadable, IndexView, Row
 from .kills import Kills
-from .options import Level, Stop
+from .options import Level, Progress, Stop
 from .source import SegmentReader, SegmentRef, opened
 
 OPEN_FILES_MAX = 32
@@ -32,7 +32,10 @@ _SEGMENT_NAME_LENGTH = len("0123456789abcdef.seg")
 class IndexPasses:
     """State of the index's passes in one run; for one thread."""
 
-    def __init__(self, device: Device, source: IndexSource | None, report: Report, kills: Kills, now_ns: int, stop: Stop, *, live: bool):
+    def __init__(
+        self, device: Device, source: IndexSource | None, report: Report, kills: Kills, now_ns: int, stop: Stop, progress: Progress,
+        *, live: bool,
+    ) -> None:  # fmt: skip
         self.unjudged: set[int] = set()
         """Segments that could not be read, or that a writer is filling: nothing is said about entries that point there."""
         self._device = device
@@ -41,6 +44,7 @@ class IndexPasses:
         self._kills = kills
         self._now_ns = now_ns
         self._stop = stop
+        self._progress = progress
         self._live = live
         self._view: IndexView | None = None
         self._state: IndexState | None = None
@@ -133,6 +137,11 @@ class IndexPasses:
         self._matches.append(self._lookups.match(reader, records))
 
     @property
+    def entries_matched(self) -> int:
+        """Entries that point at a record: nearly all that there are. 0 where no segment was matched."""
+        return sum(match.entries for match in self._matches)
+
+    @property
     def has_orphans(self) -> bool:
         return any(match.orphans for match in self._matches)
 
@@ -162,7 +171,7 @@ class IndexPasses:
         """Count the entries of every segment, and name those that dangle. Without ``matched`` only those whose segment is not there."""
         assert self._view is not None and self._state is not None
         self._check_checkpoint(refs, path)
-        counts, unknown = count_entries(self._view, self._stop)
+        counts, unknown = count_entries(self._view, self._stop, self._progress)
         self._report.coverage.index_entries = sum(counts.values())
         if unknown:
             facts = {"count": counts.pop(-1), "key": unknown[0][16:].hex()}

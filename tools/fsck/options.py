@@ -11,23 +11,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ...format.errors import InvalidConfig
+from ..sizes import parse_size
 
 OUT_OF_TIME = "the time was up"
 """Why a pass did not end: ``--max-duration`` was over."""
-_UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
-_SIZE = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)\s*([KMGT]?i?B?)", re.IGNORECASE | re.ASCII)
 _SHARE = re.compile(r"(\d{1,20})/(\d{1,20})", re.ASCII)
 _PERCENT = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)\s*%", re.ASCII)
-
-
-def parse_size(text: str) -> int | None:
-    """Bytes of ``4096``, ``20GiB`` or ``20G``; ``None`` for what is no size."""
-    match = _SIZE.fullmatch(text)
-    if match is None:
-        return None
-    unit = match.group(2).upper()
-    factor = _UNITS.get(unit if unit.endswith("B") or not unit else f"{unit[0]}IB")
-    return None if factor is None else int(float(match.group(1)) * factor)
 
 
 class Level(enum.StrEnum):
@@ -137,12 +126,12 @@ class Stopped(Exception):
 class Progress(Protocol):
     """Where a check reports how far it is. Called from the checking thread alone."""
 
-    def begin(self, name: str, total_bytes: int) -> None:
-        """A pass starts; ``total_bytes`` is what it will read, 0 when that is not known."""
+    def begin(self, name: str, total: int, unit: str = "bytes") -> None:
+        """A pass starts; ``total`` is how much of ``unit`` (a plural) it will go through, 0 when that is not known."""
         ...
 
-    def advance(self, size_bytes: int, place: str = "") -> None:
-        """Bytes were read; ``place`` is the file."""
+    def advance(self, count: int, place: str = "") -> None:
+        """So much more was gone through; ``place`` is the file."""
         ...
 
     def end(self) -> None:
@@ -153,10 +142,10 @@ class Progress(Protocol):
 class Silence:
     """``Progress`` for nobody."""
 
-    def begin(self, name: str, total_bytes: int) -> None:
+    def begin(self, name: str, total: int, unit: str = "bytes") -> None:
         """See ``Progress``."""
 
-    def advance(self, size_bytes: int, place: str = "") -> None:
+    def advance(self, count: int, place: str = "") -> None:
         """See ``Progress``."""
 
     def end(self) -> None:

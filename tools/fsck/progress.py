@@ -8,8 +8,10 @@ from collections.abc import Callable
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+
+from ..output import bytes_text
 
 SCHEMA = 1
 
@@ -21,20 +23,21 @@ class TimedProgress:
         self._interval_s = interval_s
         self._clock_s = clock_s
         self._name: str | None = None
-        self._total_bytes = 0
-        self._done_bytes = 0
+        self._unit = "bytes"
+        self._total = 0
+        self._done = 0
         self._started_s = self._shown_s = 0.0
 
-    def begin(self, name: str, total_bytes: int) -> None:
+    def begin(self, name: str, total: int, unit: str = "bytes") -> None:
         """See ``options.Progress``."""
         self.end()
-        self._name, self._total_bytes, self._done_bytes = name, total_bytes, 0
+        self._name, self._total, self._unit, self._done = name, total, unit, 0
         self._started_s = self._shown_s = self._clock_s()
         self._show("")
 
-    def advance(self, size_bytes: int, place: str = "") -> None:
+    def advance(self, count: int, place: str = "") -> None:
         """See ``options.Progress``."""
-        self._done_bytes += size_bytes
+        self._done += count
         now_s = self._clock_s()
         if self._name is not None and now_s - self._shown_s >= self._interval_s:
             self._shown_s = now_s
@@ -46,9 +49,10 @@ class TimedProgress:
             self._show("")
             self._name = None
 
-    def _rate_bytes_s(self) -> float:
+    def _rate_s(self) -> float:
+        """How much is gone through in a second."""
         passed_s = self._clock_s() - self._started_s
-        return self._done_bytes / passed_s if passed_s > 0 else 0.0
+        return self._done / passed_s if passed_s > 0 else 0.0
 
     def _show(self, place: str) -> None:
         raise NotImplementedError
@@ -62,36 +66,37 @@ class JsonProgress(TimedProgress):
         self._write = write
 
     def _show(self, place: str) -> None:
-        rate_bytes_s = self._rate_bytes_s()
-        left_bytes = max(0, self._total_bytes - self._done_bytes)
+        rate_s = self._rate_s()
+        left = max(0, self._total - self._done)
         line = {
             "type": "progress",
             "schema": SCHEMA,
             "pass": self._name,
             "place": place,
-            "bytes": self._done_bytes,
-            "total_bytes": self._total_bytes or None,
-            "rate_bytes_s": round(rate_bytes_s),
-            "left_s": round(left_bytes / rate_bytes_s, 1) if self._total_bytes and rate_bytes_s else None,
+            "unit": self._unit,
+            "done": self._done,
+            "total": self._total or None,
+            "rate_s": round(rate_s),
+            "left_s": round(left / rate_s, 1) if self._total and rate_s else None,
         }
         self._write(json.dumps(line))
 
 
 class BarProgress(TimedProgress):
-    """A bar with bytes, rate and time left for the pass that runs; gone when the check is over. ``close`` it."""
+    """A bar with amount, rate and time left for the pass that runs; gone when the check is over. ``close`` it."""
 
     def __init__(self, stream: TextIO, interval_s: float = 0.2) -> None:
         super().__init__(interval_s)
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
-        self._bars = Bars(*columns, TimeRemainingColumn(), TextColumn("{task.fields[place]}"), console=Console(file=stream), transient=True)
+        texts = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}")
+        self._bars = Bars(*texts, TimeRemainingColumn(), TextColumn("{task.fields[place]}"), console=Console(file=stream), transient=True)
         self._task: TaskID | None = None
         self._bars.start()
 
-    def begin(self, name: str, total_bytes: int) -> None:
+    def begin(self, name: str, total: int, unit: str = "bytes") -> None:
         """See ``options.Progress``."""
         self.end()
-        self._task = self._bars.add_task(name, total=total_bytes or None, place="")
-        super().begin(name, total_bytes)
+        self._task = self._bars.add_task(name, total=total or None, amount="", place="")
+        super().begin(name, total, unit)
 
     def end(self) -> None:
         """See ``options.Progress``."""
@@ -102,9 +107,19 @@ class BarProgress(TimedProgress):
 
     def _show(self, place: str) -> None:
         if self._task is not None:
-            self._bars.update(self._task, completed=self._done_bytes, place=place)
+            amount = amount_text(self._done, self._total, self._unit, self._rate_s())
+            self._bars.update(self._task, completed=self._done, amount=amount, place=place)
 
     def close(self) -> None:
         """Give the terminal back."""
         self.end()
         self._bars.stop()
+
+
+def amount_text(done: int, total: int, unit: str, rate_s: float) -> str:
+    """``1.0 GiB of 2.0 GiB, 500.0 MiB/s``, ``3 of 20 segments, 1/s``; without a total only what is done."""
+    if unit == "bytes":
+        amounts = [bytes_text(count) for count in ([done, total] if total else [done])]
+        return f"{' of '.join(amounts)}, {bytes_text(rate_s)}/s"
+    amounts = [f"{count:,}" for count in ([done, total] if total else [done])]
+    return f"{' of '.join(amounts)} {unit}, {rate_s:,.0f}/s"

@@ -103,7 +103,7 @@ class _Run:
         self._segments = SegmentPasses(self.report, progress, stop, self._workers)
         self._records = self._segments.records
         now_ns = options.now_ns if options.now_ns is not None else time.time_ns()
-        self._index = IndexPasses(device, source, self.report, self._records.kills, now_ns, stop, live=options.live)
+        self._index = IndexPasses(device, source, self.report, self._records.kills, now_ns, stop, progress, live=options.live)
 
     def open(self) -> bool:
         """Whether ``path`` is a folder; raises when it is nothing that can be checked."""
@@ -221,7 +221,7 @@ class _Run:
         assert self._uuid is not None
         mine = [f.header for f in self._firsts if f.header and (f.header.store_uuid, f.header.segment_id) == (self._uuid, f.ref.segment_id)]
         first_live = max((header.first_live_segment for header in mine), default=0)
-        self._progress.begin("segment headers and seals", 0)
+        self._progress.begin("segment headers and seals", len(self._firsts), "segments")
         later_sealed = later_records = False
         for first in reversed(self._firsts):
             self._stop.check()
@@ -231,6 +231,7 @@ class _Run:
                 continue
             around = Surroundings(self._uuid, later_sealed, later_records, self._index.checkpoint, self._options.live)
             look = self._look(first, around)
+            self._progress.advance(1, first.ref.name)
             if look is not None:
                 self._looks.append(look)
                 later_sealed, later_records = later_sealed or look.sealed, True
@@ -294,15 +295,20 @@ class _Run:
     # --- index --------------------------------------------------------------------------------------------------------
 
     def _check_segments_against_index(self) -> None:
-        self._progress.begin("segments -> index", 0)
+        self._progress.begin("segments -> index", sum(look.record_count for look in self._looks), "records")
+
+        def match(reader: SegmentReader, records: SegmentRecords) -> None:
+            self._index.match(reader, records)
+            self._progress.advance(len(records), records.ref.name)
+
         with self._index.reading():
-            self._each(self._looks, self._index.match)
+            self._each(self._looks, match)
             self._each(self._looks if self._index.has_orphans else [], lambda _, records: self._index.drop_superseded(records))
             self._index.report_orphans()
 
     def _check_index_against_segments(self) -> None:
         assert self._uuid is not None
-        self._progress.begin("index -> segments", 0)
+        self._progress.begin("index -> segments", self._index.entries_matched, "entries")
         with self._index.reading():
             self._index.check_entries(self._uuid, self._refs, self.path, matched=self._options.level is not Level.QUICK)
 

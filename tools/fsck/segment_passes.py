@@ -47,7 +47,6 @@ class SegmentPasses:
     def __init__(self, report: Report, progress: Progress, stop: Stop, workers: Workers, kills: Kills | None = None) -> None:
         self.records = RecordPass(report.coverage, report.add, report.errors.append, progress, stop, kills)
         self._report = report
-        self._progress = progress
         self._workers = workers
 
     def look(self, reader: SegmentReader, first: FirstPage, around: Surroundings) -> Looked:
@@ -64,7 +63,6 @@ class SegmentPasses:
             coverage.bytes_present += look.bytes_present + look.log_bytes
             coverage.bytes_checked += look.bytes_checked + look.damaged_bytes
             coverage.records_present += look.record_count
-            self._progress.advance(look.bytes_checked, reader.ref.name)
         return looked
 
     def load(self, reader: SegmentReader, look: SegmentLook, store_uuid: bytes) -> SegmentRecords:

@@ -11,7 +11,8 @@ from concurrent.futures import Future
 from ...format.errors import InvalidConfig
 from ...gds.device import Device, DeviceFile, IoBuffer, OpenMode
 from ...gds.wrapping import WrappingDevice, WrappingFile
-from ..fsck.options import Stop, parse_size
+from ..fsck.options import Stop
+from ..sizes import parse_size
 
 BURST_S = 1.0
 """What was not read in this time is not read later."""
@@ -27,7 +28,7 @@ def parse_rate(text: str) -> int | None:
     if plain in _UNLIMITED:
         return None
     rate_bytes_s = parse_size(plain)
-    if not rate_bytes_s:
+    if rate_bytes_s is None:
         raise InvalidConfig("a rate that cannot be understood", expected="a rate as 100MiB/s, or none", actual=repr(text))
     return rate_bytes_s
 

@@ -261,6 +261,7 @@ class Scrubber:
             looked = passes.look(reader, read_first_page(reader), around)
             if looked.look is None:
                 return
+            self._progress.advance(looked.look.bytes_checked, ref.name)
             records = passes.load(reader, looked.look, self._uuid)
             passes.begin(records)
             passes.read(reader, records)
