@@ -1,11 +1,14 @@
 """The index as the engine uses it: entries of keys, drop floors, the checkpoint, and changes that wait out an index error.
 
+What has changed since the last sync is remembered: after a failed one nothing is known of it, and it is applied again.
+
 Lookups may come from any thread; changes come from the commit thread alone, which makes every "if it still points
 there" a plain comparison.
 """
 
 from __future__ import annotations
 
+import logging
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +24,10 @@ _FLOOR_PREFIX = META_PREFIX + b"floor/"
 _CHECKPOINT = struct.Struct("<QQQ")
 _FLOOR = struct.Struct("<Q")
 BATCH_ENTRIES_MAX = 500
+UNSYNCED_CHANGES_MAX = 100_000
+"""Changes that are kept in memory in case the next sync of the index fails; about 30 MB."""
+
+logger = logging.getLogger("kvlode")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +46,20 @@ class Catalog:
         self.index = index
         self._counters = counters
         self._delta: dict[bytes, bytes | None] = {}
+        self._unsynced: dict[bytes, bytes | None] = {}
+        self._sync_failed = False
+        self._openings = 0
         self._floors: dict[bytes, int] = {}
 
     # --- lookups ----------------------------------------------------------------------------------------------
 
     def values(self, idents: Sequence[bytes]) -> list[bytes | None]:
         """Packed entries, from the waiting changes first and else from the index."""
-        delta = self._delta  # taken before the index is read: a change may move from one to the other meanwhile
-        found = self.index.get_many(idents)
+        while True:
+            openings, delta = self._openings, self._delta  # before the index is read: a change may move from one to the other meanwhile
+            found = self.index.get_many(idents)
+            if openings == self._openings:
+                break
         if delta:
             found = [delta.get(ident, value) for ident, value in zip(idents, found, strict=True)]
         return found
@@ -110,7 +123,7 @@ class Catalog:
 
     def change(self, changes: dict[bytes, bytes | None]) -> bool:
         """Put (bytes) and delete (``None``) entries. False when the index refused: the changes wait in memory until ``retry``."""
-        if self._delta:
+        if self._delta or self._sync_failed:
             # later changes go behind earlier ones, keys changed again included: a checkpoint must not get ahead of what it covers
             self._delta = {**{key: value for key, value in self._delta.items() if key not in changes}, **changes}
             return self.retry()
@@ -120,16 +133,40 @@ class Catalog:
             self._counters.add("index_write_errors")
             self._delta = dict(changes)
             return False
-        return True
+        return len(self._unsynced) < UNSYNCED_CHANGES_MAX or self.sync()
 
     def retry(self) -> bool:
         """Try the waiting changes again; True when none is left."""
         try:
+            if self._sync_failed:
+                self._openings += 1
+                self.index.open_anew()
+                self._sync_failed = False
+                self._counters.add("index_reopenings")
             self._apply(self._delta)
-        except IndexWriteError:
+        except (IndexWriteError, OSError):
             self._counters.add("index_write_errors")
             return False
         self._delta = {}
+        return True
+
+    def sync(self) -> bool:
+        """Make everything durable in the index. False when it refuses: this costs a longer recovery, not data.
+
+        A sync that has failed is not tried again, as nothing is known of what was not durable before: the index is opened anew,
+        and all that has changed since the last good sync waits in memory until it has been applied again.
+        """
+        if (self._delta or self._sync_failed) and not self.retry():
+            return False
+        try:
+            self.index.sync()
+        except (IndexWriteError, OSError) as error:
+            self._counters.add("index_write_errors")
+            logger.warning("the index could not be synced: %s. The next open scans more of the log.", error)
+            self._delta, self._sync_failed = self._unsynced, True
+            self._unsynced = {}
+            return False
+        self._unsynced = {}
         return True
 
     def _apply(self, changes: dict[bytes, bytes | None]) -> None:
@@ -137,6 +174,9 @@ class Catalog:
         for start in range(0, len(items), BATCH_ENTRIES_MAX):
             batch = items[start : start + BATCH_ENTRIES_MAX]
             self.index.apply([(k, v) for k, v in batch if v is not None], [k for k, v in batch if v is None])
+            for key, value in batch:
+                self._unsynced.pop(key, None)  # later changes go behind earlier ones here too
+                self._unsynced[key] = value
 
     def drop_if_at(self, places: Iterable[tuple[bytes, int, int]]) -> list[bytes]:
         """Delete the entries that still point to (segment id, offset); returns which did."""

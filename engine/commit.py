@@ -20,7 +20,7 @@ from .catalog import Catalog, Checkpoint
 from .contract import PutStatus, Refusal
 from .entry import Entry, Kind
 from .health import Health
-from .index import IndexDamaged, IndexWriteError
+from .index import IndexDamaged
 from .index_entry import IndexEntry
 from .jobs import DURABLE, refused
 from .segment_writer import Dropped, LogBatch, SealWrite
@@ -109,7 +109,7 @@ class CommitThread:
             try:
                 return self._items.get(timeout=RETRY_S if self._catalog.waiting_changes else None)
             except queue.Empty:
-                self._catalog.retry()
+                self._catalog.sync()
 
     def _handle(self, item: LogBatch | SealWrite | list[Dropped] | Callable[[], None]) -> None:
         if isinstance(item, LogBatch):
@@ -238,16 +238,7 @@ class CommitThread:
 
     def sync_index(self) -> bool:
         """Make the index durable; a failure costs a longer recovery, not data. Commit thread only."""
-        if self._catalog.waiting_changes:
-            # RocksDB goes on by itself after a write that found no room, but never after a sync of the log that this write has broken
-            return False
-        try:
-            self._catalog.index.sync()
-        except (IndexWriteError, OSError) as error:
-            self._counters.add("index_write_errors")
-            logger.warning("the index could not be synced: %s. The next open scans more of the log.", error)
-            return False
-        return True
+        return self._catalog.sync()
 
     def _purge_slice(self, namespace: bytes, floor_seq: int, start: bytes | None) -> None:
         if self._ended:

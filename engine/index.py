@@ -42,6 +42,14 @@ class Index(Protocol):
         """Make every applied batch durable. Raises ``IndexWriteError`` when that is not certain."""
         ...
 
+    def open_anew(self) -> None:
+        """After a ``sync`` that failed: close and open. Batches applied since the last good ``sync`` may be gone, the latest first.
+
+        Reads wait meanwhile. Raises ``IndexWriteError`` when this is not possible now; then what was there can still be read, as
+        far as it is readable, and a later call may succeed. Called by the thread that mutates.
+        """
+        ...
+
     def scan(self, prefix: bytes = b"", start: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
         """Entries whose key begins with ``prefix``, from ``start`` on, in order. Raises ``IndexDamaged`` instead of ending early.
 

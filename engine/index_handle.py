@@ -14,6 +14,7 @@ What is guarded against here was measured with rocksdict 0.3.29:
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import logging
 import os
@@ -25,20 +26,22 @@ from typing import Any
 
 from rocksdict import Rdict, RdictIter, ReadOptions
 
-from ..format.errors import InvalidConfig, StoreClosed
+from ..format.errors import InvalidConfig, KvlodeError, StoreClosed
 from ..gds.monitor import Monitor
-from .index import IndexDamaged
+from .index import IndexDamaged, IndexWriteError
 
 logger = logging.getLogger(__name__)
 
 SCAN_CHUNK_ENTRIES = 256
 EXIT_TIMEOUT_S = 5.0
+REPLACE_WAIT_S = 5.0
 
 
 class ReadGate:
     """Knows the threads inside RocksDB; once shut it lets nobody in. A context manager for the calls, one at a time a thread.
 
-    A thread that an interrupt keeps from saying that it is out says so at its next call, or is the one that closes.
+    A thread that an interrupt keeps from saying that it is out says so at its next call, or is the one that closes. While a
+    thread wants to be ``alone``, those that come wait.
     """
 
     def __init__(self, name: str) -> None:
@@ -46,18 +49,35 @@ class ReadGate:
         self._changed = Monitor()
         self._inside: dict[int, None] = {}
         self._shut = False
+        self._held = False
 
     def __enter__(self) -> None:
         thread = threading.get_ident()
-        with self._changed.lock:
-            if self._shut:
-                raise StoreClosed("index used after close, or in a forked child", where=self._name, action="Open the store again.")
-            self._inside[thread] = None
+        while True:
+            with self._changed.lock:
+                if self._shut:
+                    raise StoreClosed("index used after close, or in a forked child", where=self._name, action="Open the store again.")
+                if not self._held:
+                    self._inside[thread] = None
+                    return
+            self._changed.wait_for(lambda: not self._held or self._shut)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         with self._changed.lock:
             self._inside.pop(threading.get_ident(), None)
             self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def alone(self, timeout_s: float) -> Iterator[bool]:
+        """Let nobody in for the length of a ``with``; False when somebody was not out before the deadline."""
+        with self._changed.lock:
+            self._held = True
+        try:
+            yield self.wait_empty(timeout_s)
+        finally:
+            with self._changed.lock:
+                self._held = False
+                self._changed.notify_all()
 
     def shut(self) -> None:
         """Let nobody in from now on."""
@@ -171,7 +191,7 @@ class RocksReader:
         """The handle; only inside the gate."""
         handle = self._handle
         if handle is None:
-            raise StoreClosed("index used after close", where=self.path)
+            raise IndexDamaged("the index could not be opened again", where=self.path, action="Open the store again.")
         return handle
 
     # --- reads ----------------------------------------------------------------------------------------------------
@@ -182,7 +202,10 @@ class RocksReader:
             return []
         wanted: Any = keys if type(keys) is list else list(keys)
         with self._gate:
-            handle = self._opened()
+            handle = self._handle
+            if handle is None:  # it could not be opened again
+                self._count_damage()
+                return [None] * len(wanted)
             try:
                 values: list[bytes | None] = handle.get(wanted)  # type: ignore[assignment]
             except Exception as error:
@@ -250,6 +273,32 @@ class RocksReader:
                 handle.close()
             except Exception as error:
                 logger.warning("index %s was closed without a last flush, recovery will catch up: %s", self.path, error)
+
+    def _replace(self, opens: Sequence[Callable[[], Rdict]]) -> None:
+        """Close the handle and take the first one that can be opened, between reads; raises why an earlier one could not.
+
+        Without any, keys read as absent and count as damage. Scans that are under way end with an error.
+        """
+        with self._close_lock, self._gate.alone(REPLACE_WAIT_S) as idle:
+            if not idle or self._gate.wait_shut(0.0):
+                raise IndexWriteError("the index could not be opened again", where=self.path, actual="it is in use, or closed")
+            for scan in list(self._scans):
+                scan.release()
+            handle, self._handle = self._handle, None
+            try:
+                if handle is not None:
+                    handle.close()
+            except Exception as error:  # what it could not write is why it is opened again
+                logger.info("index %s was closed: %s", self.path, error)
+            refused: KvlodeError | None = None
+            for open_handle in opens:
+                try:
+                    self._handle = open_handle()
+                    break
+                except KvlodeError as error:
+                    refused = refused or error
+            if refused is not None:
+                raise IndexWriteError("the index could not be opened again", where=self.path, actual=str(refused)) from refused
 
     def abandon(self) -> None:
         """In a forked child: make the copy of the handle unusable without touching the parent's database."""

@@ -34,6 +34,8 @@ class MemoryIndex:
         self._durable = dict(self._entries)
         self._unsynced: list[Batch] = []
         self._failures: list[Exception] = []
+        self._failing_syncs = 0
+        self._broken = False
         self._unreadable: set[bytes] = set()
         self._damaged = 0
         self._closed = False
@@ -57,6 +59,7 @@ class MemoryIndex:
             self._check_open()
             if self._failures:
                 raise self._failures.pop(0)
+            self._check_not_broken()
             _play(self._entries, batch)
             self._unsynced.append(batch)
             self._order = None
@@ -64,8 +67,20 @@ class MemoryIndex:
     def sync(self) -> None:
         with self._lock:
             self._check_open()
+            self._check_not_broken()
+            if self._failing_syncs:
+                self._failing_syncs -= 1
+                self._broken = True
+                self._check_not_broken()
             for batch in self._unsynced:
                 _play(self._durable, batch)
+            self._unsynced.clear()
+
+    def open_anew(self) -> None:
+        """The worst case: nothing of what was not synced is there."""
+        with self._lock:
+            self._check_open()
+            self._entries, self._order, self._broken = dict(self._durable), None, False
             self._unsynced.clear()
 
     def scan(self, prefix: bytes = b"", start: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
@@ -105,6 +120,10 @@ class MemoryIndex:
         if self._closed:
             raise StoreClosed("index used after close", action="Open the store again.")
 
+    def _check_not_broken(self) -> None:
+        if self._broken:
+            raise IndexWriteError("the index writes nothing after a failed sync", actual="a failure injected by a test")
+
     # --- for tests and simulation -----------------------------------------------------------------------------------
 
     def __len__(self) -> int:
@@ -134,6 +153,11 @@ class MemoryIndex:
         """Make the next ``times`` calls of ``apply`` raise; nothing is applied then."""
         with self._lock:
             self._failures += [error or IndexWriteError("index refused a batch", actual="a failure injected by a test")] * times
+
+    def fail_next_sync(self, times: int = 1) -> None:
+        """Make the next ``times`` syncs fail; as with RocksDB, nothing can be written after one until ``open_anew``."""
+        with self._lock:
+            self._failing_syncs += times
 
     def damage(self, keys: Sequence[bytes]) -> None:
         """Make lookups of these keys fail a check: they read as absent and are counted, as a damaged SST does."""

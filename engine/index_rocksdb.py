@@ -7,6 +7,7 @@ existing database silently comes back without filter and cache, three to ten tim
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import os
 import shutil
@@ -35,16 +36,17 @@ from rocksdict import (
 from ..format.errors import DeviceError, KvlodeError, NoSpace, StoreLocked
 from .index import BATCH_ENTRIES_MAX, IndexDamaged, IndexWriteError
 from .index_handle import RocksReader, claim_threads
+from .index_source import SourceState, link_files, remove_folder
 from .rocks_logs import check_logs
 
 logger = logging.getLogger("kvlode")
 
 MIB = 1 << 20
 _COLUMN_FAMILY = "default"
-_IDENTITY_NAME = "IDENTITY"
-_OWN_NAMES = ("LOCK", "LOG", "rocksdict-config.json")
-"""Files of the primary that a follower must have for itself (``LOG`` with any suffix)."""
 _OPEN_TRIES = 20
+OPEN_FREE_BYTES_MIN = 16 * MIB
+OPEN_PAUSE_S = 5.0
+"""Between two tries to open anew: each makes readers wait."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,8 @@ class RocksIndex(RocksReader):
         claim_threads(folder, needs_threads=True)
         _check_not_beheaded(folder)
         super().__init__(folder, open_handle(folder, folder, tuning, AccessType.read_write()))
-        self._stall_timeout_s = tuning.stall_timeout_s
+        self._tuning = tuning
+        self._open_anew_at_s = 0.0
         self._write_options = WriteOptions()
         self._write_options.no_slowdown = True
 
@@ -138,7 +141,7 @@ class RocksIndex(RocksReader):
         out without it, up to ``stall_timeout_s``."""
         if len(puts) + len(deletes) > BATCH_ENTRIES_MAX:
             raise ValueError(f"{len(puts) + len(deletes)} entries in one batch; at most {BATCH_ENTRIES_MAX} are allowed")
-        deadline = time.monotonic() + self._stall_timeout_s
+        deadline = time.monotonic() + self._tuning.stall_timeout_s
         pause_s = 0.001
         while True:
             error = self._write(puts, deletes)
@@ -171,6 +174,19 @@ class RocksIndex(RocksReader):
             except Exception as error:
                 raise IndexWriteError("index log could not be synced", where=self.path, actual=str(error)) from error
 
+    def open_anew(self) -> None:
+        """See ``Index.open_anew``. RocksDB goes on by itself after a write that found no room, but never after a sync that failed."""
+        free_bytes = shutil.disk_usage(self.path).free
+        if free_bytes < OPEN_FREE_BYTES_MIN:
+            raise IndexWriteError("no room to open the index again", where=self.path, expected=OPEN_FREE_BYTES_MIN, actual=free_bytes)
+        now_s = time.monotonic()
+        if now_s < self._open_anew_at_s:
+            raise IndexWriteError("the index could not be opened again a moment ago", where=self.path)
+        self._open_anew_at_s = now_s + OPEN_PAUSE_S
+        _check_not_beheaded(self.path)
+        accesses = (AccessType.read_write(), AccessType.read_only(False))
+        self._replace([functools.partial(open_handle, self.path, self.path, self._tuning, access) for access in accesses])
+
 
 class RocksFollowerIndex(RocksReader):
     """``Index`` of a process that follows the writer: RocksDB's secondary mode, read-only.
@@ -187,7 +203,7 @@ class RocksFollowerIndex(RocksReader):
         self._remove_temporary = weakref.finalize(self, remove_folder, self._temporary, os.getpid())
         self._catch_up_lock = threading.Lock()
         self._opens = 0
-        self._state = _SourceState()
+        self._state = SourceState()
         self._links, self.log_path = "", ""
         try:
             super().__init__(self._source, self._open_links())
@@ -202,12 +218,12 @@ class RocksFollowerIndex(RocksReader):
             links = os.path.join(self._temporary, f"links-{self._opens}")
             own = os.path.join(self._temporary, f"own-{self._opens}")
             os.mkdir(links)
-            state = _SourceState.of(self._source)
+            state = SourceState.of(self._source)
             link_files(self._source, links)
             claim_threads(self._source, needs_threads=False)
             try:
                 handle = open_handle(links, self._source, self._tuning, AccessType.secondary(own))
-                if _SourceState.of(self._source).keeps(state):
+                if SourceState.of(self._source).keeps(state):
                     self._links, self._state, self.log_path = links, state, os.path.join(own, "LOG")
                     return handle
                 handle.close()  # a log went away before it was read, perhaps: RocksDB does not tell
@@ -236,13 +252,13 @@ class RocksFollowerIndex(RocksReader):
         writer's files cannot be followed now; what was seen before can still be read, and a later call may succeed.
         """
         with self._gate, self._catch_up_lock:
-            state = _SourceState.of(self._source)
+            state = SourceState.of(self._source)
             if state == self._state:
                 return
-            if state.grown_from(self._state) and self._follow() and _SourceState.of(self._source).grown_from(state):
+            if state.grown_from(self._state) and self._follow() and SourceState.of(self._source).grown_from(state):
                 self._state = state
                 return
-            self._state = _SourceState()  # should opening fail, the next call opens as well
+            self._state = SourceState()  # should opening fail, the next call opens as well
             outdated = self._links
             self._handle = self._open_links()
             shutil.rmtree(outdated, ignore_errors=True)
@@ -261,6 +277,9 @@ class RocksFollowerIndex(RocksReader):
 
     def sync(self) -> None:
         """Nothing to do."""
+
+    def open_anew(self) -> None:
+        """Nothing to do: ``catch_up`` opens where that is needed."""
 
     def close(self, timeout_s: float = 30.0) -> None:
         """See ``RocksReader.close``."""
@@ -336,60 +355,3 @@ def _open_error(where: str, message: str) -> KvlodeError:
         if os.strerror(code) in message:
             return DeviceError("open index", where, errno=code, detail=message)
     return IndexDamaged("index cannot be opened", where=where, actual=message, action="Set it aside and rebuild it from the segments.")
-
-
-# --- the files that a follower follows ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _SourceState:
-    """What tells whether the writer's index has changed, and how."""
-
-    identity: bytes = b""
-    """The unique id of the database."""
-    manifests: tuple[tuple[str, int], ...] = ()
-    """Names and sizes: a flush or a compaction makes one grow."""
-    logs: tuple[tuple[str, int], ...] = ()
-
-    @classmethod
-    def of(cls, source: str) -> _SourceState:
-        sizes = {}
-        try:
-            with open(os.path.join(source, _IDENTITY_NAME), "rb") as file:
-                identity = file.read(256)
-            with os.scandir(source) as found:
-                for item in found:
-                    if item.name.startswith("MANIFEST-") or item.name.endswith(".log"):
-                        sizes[item.name] = item.stat().st_size
-        except FileNotFoundError:  # there is no index, or the writer removed a file between the two calls
-            return cls()
-        logs = tuple(sorted((name, size) for name, size in sizes.items() if name.endswith(".log")))
-        return cls(identity, tuple(sorted(sizes.items() - set(logs))), logs)
-
-    def names(self) -> set[str]:
-        return {name for name, _ in self.manifests + self.logs}
-
-    def grown_from(self, earlier: _SourceState) -> bool:
-        """Whether the same files are there and nothing but logs has grown."""
-        return self.identity == earlier.identity != b"" and self.manifests == earlier.manifests and self.names() == earlier.names()
-
-    def keeps(self, earlier: _SourceState) -> bool:
-        """Whether the files of an earlier moment are still there."""
-        return self.identity == earlier.identity and self.names() >= earlier.names()
-
-
-def link_files(source: str, links: str) -> None:
-    """Fill ``links`` with a symbolic link for each file of ``source`` that RocksDB reads."""
-    try:
-        names = os.listdir(source)
-    except FileNotFoundError:
-        return  # opening says what is missing
-    for name in names:
-        if not name.startswith(_OWN_NAMES):
-            os.symlink(os.path.join(os.path.abspath(source), name), os.path.join(links, name))
-
-
-def remove_folder(folder: str, owner_pid: int) -> None:
-    """Delete a temporary folder, but not the parent's from a forked child."""
-    if os.getpid() == owner_pid:
-        shutil.rmtree(folder, ignore_errors=True)

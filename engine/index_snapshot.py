@@ -12,7 +12,8 @@ from rocksdict import AccessType
 from ..format.errors import KvlodeError
 from .index import IndexWriteError
 from .index_handle import RocksReader, claim_threads
-from .index_rocksdb import RocksTuning, link_files, open_handle, remove_folder
+from .index_rocksdb import RocksTuning, open_handle
+from .index_source import link_files, remove_folder
 
 
 class RocksSnapshotIndex(RocksReader):
@@ -40,6 +41,9 @@ class RocksSnapshotIndex(RocksReader):
         raise IndexWriteError("this view of the index is read-only", where=self.path)
 
     def sync(self) -> None:
+        """Nothing to do."""
+
+    def open_anew(self) -> None:
         """Nothing to do."""
 
     def close(self, timeout_s: float = 30.0) -> None:

@@ -166,7 +166,7 @@ def recover(
         key, value = Catalog.checkpoint_change(end)
         changes[key] = value
     catalog.change(changes)
-    catalog.index.sync()
+    catalog.sync()
     catalog.load_floors()
     counters.add("recovered_records", scanned)
     epochs = [found.header.epoch for found in listing if found.header is not None]

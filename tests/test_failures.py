@@ -289,6 +289,27 @@ def test_what_an_index_refused_until_the_crash_is_read_from_the_log(rig: Rig, ke
     assert status_of(rig, b"deleted") is Status.MISS
 
 
+def test_an_index_whose_sync_failed_is_opened_anew_and_gets_back_what_it_lost(rig: Rig) -> None:
+    put(rig, b"deleted", 1)
+    put(rig, b"synced", 2)
+    assert rig.store.flush(WAIT_S)
+    rig.index.fail_next_sync()
+    put(rig, b"lost", 3)
+    assert space_of(rig).delete([b"deleted"]) == 1
+    assert rig.store.flush(WAIT_S), "everything is durable in the log: the index is derived from it"
+    assert rig.counter("index_write_errors") == 1
+    assert_holds(rig, b"lost", 3)
+    assert status_of(rig, b"deleted") is Status.MISS
+    assert eventually(lambda: rig.store.stats()["index"]["waiting_changes"] == 0), "the index stayed as the failed sync left it"
+    assert rig.counter("index_reopenings") == 1
+    assert rig.index.unsynced_batches == 0
+    found = rig.index.get_many([space_of(rig).digest + key for key in (b"synced", b"lost", b"deleted")])
+    assert [value is not None for value in found] == [True, True, False]
+    assert_holds(rig, b"synced", 2)
+    rig.crash()
+    assert rig.counter("recovered_records") == 0, "the checkpoint that was lost is not back"
+
+
 class IndexOfOneBatch(MemoryIndex):
     """Takes as many batches as it is allowed to."""
 

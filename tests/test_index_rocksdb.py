@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import re
@@ -10,11 +11,13 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from kvlode.engine import index_rocksdb
 from kvlode.engine.index import IndexDamaged, IndexWriteError
 from kvlode.engine.index_rocksdb import RocksFollowerIndex, RocksIndex, destroy, set_aside
 from kvlode.format.errors import DeviceError, KvlodeError, NoSpace, StoreClosed, StoreLocked
@@ -100,6 +103,72 @@ def damaged(tmp_path: Path) -> Iterator[tuple[RocksIndex, list[tuple[bytes, byte
         file.write(b"\xa5" * 64)
     with contextlib.closing(RocksIndex(tmp_path / "index")) as index:
         yield index, entries
+
+
+def test_readers_wait_while_an_index_is_opened_anew(tmp_path: Path) -> None:
+    entries = rows(5000)
+    with contextlib.closing(RocksIndex(tmp_path / "index")) as index:
+        fill(index, entries)
+        index.sync()
+        stop = threading.Event()
+        wrong: list[object] = []
+
+        def look() -> None:
+            keys, values = [key for key, _ in entries[:50]], [value for _, value in entries[:50]]
+            while not stop.is_set():
+                try:
+                    if index.get_many(keys) != values:
+                        wrong.append("values")
+                except Exception as error:
+                    wrong.append(error)
+
+        readers = [threading.Thread(target=look) for _ in range(3)]
+        for reader in readers:
+            reader.start()
+        for _ in range(3):
+            index._open_anew_at_s = 0.0  # not a moment ago
+            index.open_anew()
+        stop.set()
+        for reader in readers:
+            reader.join()
+        assert not wrong
+        index.apply([(b"new", b"1")])
+        index.sync()
+        assert index.get_many([b"new"]) == [b"1"]
+
+
+def test_an_index_that_cannot_be_opened_anew_is_read_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with contextlib.closing(RocksIndex(tmp_path / "index")) as index:
+        index.apply([(b"a", b"1")])
+        index.sync()
+        for readable, expected in ((True, b"1"), (False, None)):
+            index._open_anew_at_s = 0.0
+            with monkeypatch.context() as patch:
+                patch.setattr(index_rocksdb, "open_handle", refusing(index_rocksdb.open_handle, readable))
+                with pytest.raises(IndexWriteError, match="refused by the test"):
+                    index.open_anew()
+            assert index.get_many([b"a"]) == [expected]
+            with pytest.raises(IndexWriteError):
+                index.apply([(b"b", b"2")])
+            with pytest.raises(IndexWriteError, match="a moment ago"):
+                index.open_anew()
+        index._open_anew_at_s = 0.0
+        index.open_anew()
+        index.apply([(b"b", b"2")])
+        assert index.get_many([b"a", b"b"]) == [b"1", b"2"]
+
+
+def refusing(open_handle: Callable[..., Any], readable: bool) -> Callable[..., Any]:
+    """``open_handle`` that refuses to open for writing, and for reading where that is asked for."""
+    calls = []
+
+    def opened(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 1 or not readable:
+            raise NoSpace("open index", "index", errno=errno.ENOSPC, detail="refused by the test")
+        return open_handle(*arguments)
+
+    return opened
 
 
 def test_keys_in_a_damaged_block_read_as_absent_and_are_counted_while_the_rest_is_served(
