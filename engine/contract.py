@@ -261,7 +261,11 @@ class Store(Protocol):
         ...
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Make everything accepted before the call durable. False when the deadline passed or any block was dropped (see ``stats``)."""
+        """Make everything accepted before the call durable. False when the deadline passed or any block was dropped (see ``stats``).
+
+        Durable means in the log: an index that could not be synced (``index_write_errors``) is brought up to date from there by
+        the next open, also after a crash, and does not make the answer False.
+        """
         ...
 
     def stats(self) -> Mapping[str, Any]:

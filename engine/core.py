@@ -301,14 +301,18 @@ class Core:
     # --- flushing and closing -----------------------------------------------------------------------------------
 
     def flush(self, timeout_s: float | None) -> bool:
-        """Everything accepted before the call is durable, the index included. False: too late, or blocks were dropped."""
+        """Everything accepted before the call is durable. False: too late, or blocks were dropped.
+
+        An index that cannot be synced does not make it False: the log has everything, and the next open reads more of it.
+        """
         if self.follower:
             return True
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         if not self.buffer.wait_settled(self.buffer.tickets_queued, timeout_s):
             return False
         if self.health.failure is None:
             try:
-                self.commit.call(self.commit.sync_index).result(timeout_s)
+                self.commit.call(self.commit.sync_index).result(_remaining(deadline_s))
             except TimeoutError:
                 return False
         return self.buffer.take_dropped() == 0 and self.health.failure is None

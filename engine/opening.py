@@ -37,7 +37,7 @@ from .heat_file import SharedHeat
 from .index import Index
 from .index_open import fresh_index, open_index, remove_damaged_indexes
 from .recovery import list_segments, quarantined_ids, recover
-from .registry import check_same_options, registry
+from .registry import OpenStore, check_same_options, registry
 from .segments import SegmentTable
 from .stats import Counters
 from .store import DiskStore
@@ -62,30 +62,28 @@ def open_store(path: str | os.PathLike[str], config: StoreConfig, environment: E
     """Open or create the store in folder ``path`` for writing (or follow its writer, where ``on_locked`` says so)."""
     environment = environment or Environment()
     if environment.device is not None:
-        return DiskStore(_open_core(os.fspath(path), config, environment))
+        return DiskStore(OpenStore(_open_core(os.fspath(path), config, environment)))
     folder = os.path.abspath(os.fspath(path))
-    with registry.lock:
-        active = registry.find(folder)
-        if active is not None:
-            check_same_options(folder, config, active.config)
-            return active.share()
-        store = DiskStore(_open_core(folder, config, environment))
-        registry.add(store)
-        return store
+    with registry.when_not_closing(folder, config.lock_timeout_s) as active:
+        if active is None:
+            active = OpenStore(_open_core(folder, config, environment))
+            registry.add(active)
+        else:
+            check_same_options(folder, config, active.core.config)
+        return DiskStore(active)
 
 
 def follow_store(path: str | os.PathLike[str], config: StoreConfig, environment: Environment | None = None) -> DiskStore:
-    """Open a store for reading beside its writer. In the writer's own process this is the writer's handle."""
+    """Open a store for reading beside its writer. In the writer's own process this is one more handle of the writer's."""
     environment = environment or Environment()
     folder = os.path.abspath(os.fspath(path)) if environment.device is None else os.fspath(path)
-    with registry.lock:
-        active = registry.find(folder) if environment.device is None else None
-        if active is not None:
-            return active.share()
-        store = DiskStore(_open_follower(folder, config, environment))
-        if environment.device is None:
-            registry.add(store)
-        return store
+    if environment.device is not None:
+        return DiskStore(OpenStore(_open_follower(folder, config, environment)))
+    with registry.when_not_closing(folder, config.lock_timeout_s) as active:
+        if active is None:
+            active = OpenStore(_open_follower(folder, config, environment))
+            registry.add(active)
+        return DiskStore(active)
 
 
 def _open_core(path: str, config: StoreConfig, environment: Environment) -> Core:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import kvlode
-from kvlode import Refusal, Status, StoreClosed
+from kvlode import Refusal, Status, StoreClosed, StoreLocked
 from kvlode.engine.buffer import Buffer
 from kvlode.engine.entry import Entry, Kind
 from kvlode.engine.jobs import refused
@@ -18,6 +18,7 @@ from kvlode.engine.namespaces import NamespaceTable
 from kvlode.engine.testing import ManualClock, open_on_device
 from kvlode.gds.buffers import aligned_array
 from kvlode.gds.memory import MemoryDevice
+from kvlode.gds.monitor import Outcome
 from kvlode.gds.testing import LateDevice
 from kvlode.gds.threads import WorkerPool
 from model import block_bytes, descriptor
@@ -181,6 +182,59 @@ def test_a_store_whose_open_segment_is_removed_can_seal_it_all_the_same(tmp_path
     core = store._core
     assert store.close(WAIT_S)
     assert core.health.failure is None
+
+
+def test_a_handle_that_is_closed_twice_leaves_the_other_one_open(tmp_path: Path) -> None:
+    first, second = (kvlode.open(tmp_path, capacity="256MiB", buffer="16MiB", gds="off") for _ in range(2))
+    assert first.close(WAIT_S) and first.close(WAIT_S)
+    with pytest.raises(StoreClosed, match="handle"):
+        first.flush()
+    space = second.namespace(descriptor(**SMALL))
+    assert space.put(b"a", b"1") and second.flush(WAIT_S)
+    assert second.close(WAIT_S) and second.close(WAIT_S)
+    with pytest.raises(StoreClosed):
+        space.put(b"b", b"1")
+
+
+def test_a_store_that_this_process_is_closing_is_waited_for_and_not_blamed_on_another(tmp_path: Path) -> None:
+    options = {"capacity": "256MiB", "buffer": "16MiB", "gds": "off"}
+    store = kvlode.open(tmp_path, **options)
+    commit = store._core.commit
+    held, go_on = threading.Event(), threading.Event()
+    commit.call(lambda: held.set() or go_on.wait(WAIT_S))
+    assert held.wait(WAIT_S)
+    closing = threading.Thread(target=store.close)
+    closing.start()
+    assert eventually(lambda: store._core.closed_reason is not None)
+    with pytest.raises(StoreLocked, match="this process"):
+        kvlode.open(tmp_path, lock_timeout_s=SOON_S, **options)
+    opened: list[kvlode.DiskStore] = []
+    opening = threading.Thread(target=lambda: opened.append(kvlode.open(tmp_path, **options)))
+    opening.start()
+    go_on.set()
+    closing.join(WAIT_S)
+    opening.join(WAIT_S)
+    assert opened[0].namespace(descriptor(**SMALL)).put(b"a", b"1")
+    assert opened[0].close(WAIT_S)
+
+
+def test_a_flush_takes_no_longer_than_its_deadline_although_it_waits_twice() -> None:
+    rig = Rig(ManualClock(), flush_after_s=60.0)
+    core = rig.store._core
+    waited: list[float | None] = []
+
+    class Recorded(Outcome[bool]):
+        def result(self, timeout_s: float | None = None) -> bool:
+            waited.append(timeout_s)
+            return True
+
+    settled = core.buffer.wait_settled
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(core.buffer, "wait_settled", lambda ticket, timeout_s: threading.Event().wait(0.1) or settled(ticket, timeout_s))
+        patch.setattr(core.commit, "call", lambda function: Recorded())
+        assert rig.store.flush(1.0)
+    assert waited[0] is not None and waited[0] <= 0.9
+    rig.close()
 
 
 def test_a_batch_of_deletes_is_bounded_by_the_pages_that_they_take() -> None:
