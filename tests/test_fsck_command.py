@@ -256,3 +256,17 @@ def test_many_findings_of_one_id_are_cut_and_counted() -> None:
     lines = list(report_lines(report, report.exit_code))
     assert sum("SEG-NAME: segments/" in line for line in lines) == LINES_PER_PROBLEM
     assert any("and 7 more" in line for line in lines)
+
+
+def test_one_is_one_and_more_are_many() -> None:
+    report = Report("/store", "walk", errors=["an error"])
+    report.add(Finding("SEG-NAME", "segments/0"))
+    assert "1 problem, 1 error (exit code 12)" in list(report_lines(report, report.exit_code))
+    report.add(Finding("SEG-NAME", "segments/1"))
+    assert "2 problems, 1 error (exit code 12)" in list(report_lines(report, report.exit_code))
+
+
+def test_an_unreadable_index_is_described_once(target: StoreUnderTest) -> None:
+    (Path(target.path) / "index" / "CURRENT").write_bytes(b"nonsense")
+    text = next(line for line in run(target.path).stdout.splitlines() if "IDX-UNREADABLE" in line)
+    assert text.count("cannot be opened") == 1 and "; at " not in text

@@ -434,6 +434,21 @@ def test_a_damaged_record_is_shown_with_its_damage(copy: Path) -> None:
     assert "type" in run_here("inspect", *place).out, "fields are shown all the same"
 
 
+def test_a_key_is_looked_for_in_the_segment_that_was_named(copy: Path) -> None:
+    key = TRUNK[1]
+    places = [(file, row) for file in segment_files(copy) for row in rows_of(copy, file) if row["key"] == key.hex()]
+    others = [file for file in segment_files(copy) if file not in [place[0] for place in places]]
+    assert places and others
+    for file in {place[0] for place in places}:
+        for path, words in ((copy, ["--segment", file.name]), (file, [])):
+            facts = answer("record", path, "--key", key.hex(), *words)
+            assert (facts["segment"], facts["record"]["key"]) == (file.stem, key.hex())
+        assert facts["offset"] == max(other["offset"] for place, other in places if place == file)
+    done = run_here("inspect", "record", copy, "--key", key.hex(), "--segment", others[0].name)
+    assert done.code == 16 and "no block has this key" in done.err and others[0].name in done.err
+    assert run_here("inspect", "record", copy, "--key", key.hex(), "--segment", "77").code == 16
+
+
 def test_a_lost_table_of_contents_costs_no_record(copy: Path) -> None:
     file = segment_files(copy)[0]
     before = rows_of(copy, file)
@@ -473,6 +488,28 @@ def test_empty_sparse_and_foreign_segments_are_told_apart(copy: Path) -> None:
     assert [problem for problem in facts["problems"] if "another store or place" in problem] == facts["problems"]
     stranger = copy / "segments" / f"{0x52:016x}.seg"
     assert len(answer("segment", stranger, code=4)["rows"]) == len(rows_of(copy, segment_files(copy)[0]))
+
+
+@pytest.mark.parametrize("size_bytes", [0, 5 << 30])
+def test_a_segment_that_was_emptied_is_damage_in_every_view(size_bytes: int, copy: Path) -> None:
+    file = segment_files(copy)[0]
+    name, live = file.name, answer("store", copy)["blocks_live"]
+    file.write_bytes(b"")
+    os.truncate(file, size_bytes)
+    facts = answer("store", copy, code=4)
+    assert facts["blocks_live"] < live and facts["rows"][0]["state"] == "damaged"
+    assert facts["use_bytes"]["damaged"] == size_bytes
+    for done in (run_here("stat", copy), run_here("inspect", "segments", copy), run_here("inspect", "segment", copy, "--segment", name)):
+        assert done.code == 4 and f"{name} holds no record" in done.out and "the next open removes it" not in done.out
+
+
+def test_a_file_in_the_place_of_the_segments_is_one_clear_line(copy: Path) -> None:
+    shutil.rmtree(copy / "segments")
+    (copy / "segments").write_text("no folder")
+    for words in (["stat"], ["inspect"], ["inspect", "segments"], ["inspect", "tree"]):
+        done = run_here(*words, copy)
+        assert done.code == 8 and done.out == "" and len(done.err.splitlines()) == 1
+        assert str(copy / "segments") in done.err and "folder" in done.err
 
 
 def test_a_page_at_the_end_of_a_sparse_file_is_found_without_reading_the_hole(copy: Path) -> None:

@@ -12,10 +12,20 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ..format.errors import CorruptRecord, InvalidBlock, InvalidConfig, InvalidKey, KvlodeError, PathUnavailable, UnsupportedFormat
+from ..format.errors import (
+    CorruptRecord,
+    InvalidBlock,
+    InvalidConfig,
+    InvalidKey,
+    KvlodeError,
+    PathUnavailable,
+    UnsupportedFormat,
+    device_error,
+)
 from .exit_codes import EXIT_DAMAGE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE
 from .fsck_cli import FsckCommand, fsck
 from .inspect.command import app as inspect_app
+from .paths import require_folder, require_new_place
 from .scrub_cli import scrub
 
 _CommandLineError: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -37,7 +47,7 @@ app.command(cls=FsckCommand)(fsck)
 app.command()(scrub)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line.")]
-StorePath = Annotated[Path, typer.Argument(help="The store's folder.", show_default=False)]
+StorePath = Annotated[Path, typer.Argument(help="The store's folder.", show_default=False, readable=False)]
 
 
 class Dtype(StrEnum):
@@ -54,11 +64,15 @@ def _progress() -> Console:
 @app.command()
 def demo(
     dtype: Annotated[Dtype, typer.Option(help="Type to compute in.")] = Dtype.bfloat16,
-    store: Annotated[Path | None, typer.Option(help="Keep the store here (default: a temporary folder).", show_default=False)] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="Keep the store here (default: a temporary folder).", show_default=False, readable=False)
+    ] = None,
     document_tokens: Annotated[int, typer.Option(help="Length of the document in the prompt.", min=256, max=6000)] = 3072,
     as_json: AsJson = False,
 ) -> None:
     """Store a real model's prefix in one process, restore it in another, compare tokens and times."""
+    if store is not None:
+        require_folder(store, "the demo's store")
     from .demo import run_demo
 
     raise typer.Exit(run_demo(dtype=dtype.value, store=store, as_json=as_json, document_tokens=document_tokens, console=_progress()))
@@ -73,8 +87,11 @@ def stat(path: StorePath, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def doctor(path: Annotated[Path, typer.Argument(help="Where a store is or shall be.")] = Path("."), as_json: AsJson = False) -> None:
+def doctor(
+    path: Annotated[Path, typer.Argument(help="Where a store is or shall be.", readable=False)] = Path("."), as_json: AsJson = False
+) -> None:
     """What this machine can do for a store here: file system, O_DIRECT, GPU, GDS, limits; what it means and what to do."""
+    require_folder(path, "a store")
     from .doctor import doctor as run
 
     raise typer.Exit(run(path, as_json=as_json))
@@ -82,7 +99,9 @@ def doctor(path: Annotated[Path, typer.Argument(help="Where a store is or shall 
 
 @app.command()
 def bench(
-    path: Annotated[Path | None, typer.Argument(help="Measure below this folder (default: ./.bench).", show_default=False)] = None,
+    path: Annotated[
+        Path | None, typer.Argument(help="Measure below this folder (default: ./.bench).", show_default=False, readable=False)
+    ] = None,
     items: Annotated[list[str] | None, typer.Option("--item", help="Only this item; may be repeated.", show_default=False)] = None,
     size: Annotated[str, typer.Option(help="What a round writes or reads.")] = "2GiB",
     rounds: Annotated[int, typer.Option(help="Rounds of each pair.", min=1)] = 9,
@@ -90,6 +109,8 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Measure the store against a bare loop over the same drive and memory, in the same run."""
+    if path is not None:
+        require_folder(path, "a bench")
     from .bench import run_bench
 
     code = run_bench(path, as_json=as_json, items=items, size_bytes=size, rounds=rounds, quick=quick, console=_progress())
@@ -98,10 +119,16 @@ def bench(
 
 @app.command("gpu-check")
 def gpu_check(
-    path: Annotated[Path | None, typer.Argument(help="Check in a new folder below this one.", show_default=False)] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the report to this file.", show_default=False)] = None,
+    path: Annotated[Path | None, typer.Argument(help="Check in a new folder below this one.", show_default=False, readable=False)] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write the report to this file.", show_default=False, readable=False)
+    ] = None,
 ) -> None:
     """On a machine with a GPU: device conformance and bandwidth by path."""
+    if path is not None:
+        require_folder(path, "the check")
+    if json_path is not None:
+        require_new_place(json_path, "the report")
     from .gpu_check import run_gpu_check
 
     raise typer.Exit(run_gpu_check(path, json_path, _progress()))
@@ -169,8 +196,11 @@ def _run() -> int:
         return _complain(error, EXIT_DAMAGE)
     except (InvalidConfig, InvalidKey, InvalidBlock, PathUnavailable, UnsupportedFormat) as error:
         return _complain(error, EXIT_USAGE)
-    except (KvlodeError, OSError) as error:
+    except KvlodeError as error:
         return _complain(error, EXIT_FAILED)
+    except OSError as error:
+        named = error.errno is not None and error.filename is not None
+        return _complain(device_error("access", error.filename, error) if named else error, EXIT_FAILED)
 
 
 def _complain(error: object, code: int) -> int:

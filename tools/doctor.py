@@ -8,13 +8,14 @@ from rich.console import Console
 from rich.table import Table
 
 from ..gds.probe import probe
+from .exit_codes import EXIT_DAMAGE, EXIT_FINE
 from .output import print_json
 
 STYLES = {"good": "green", "note": "yellow", "problem": "red"}
 
 
 def doctor(path: Path, *, as_json: bool) -> int:
-    """Print the findings. Exit code 1 when one of them is a problem for a store here."""
+    """Print the findings; the exit code tells when one of them is a problem for a store here."""
     report = probe(str(path))
     if as_json:
         print_json(report.to_dict())
@@ -28,4 +29,4 @@ def doctor(path: Path, *, as_json: bool) -> int:
             console.print("GPUDirect Storage cannot be used here; missing:")
             for missing in report.gds_missing:
                 console.print(f"  - {missing}", highlight=False, markup=False)
-    return 1 if any(finding.level == "problem" for finding in report.findings) else 0
+    return EXIT_DAMAGE if any(finding.level == "problem" for finding in report.findings) else EXIT_FINE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 EXIT_FINE = 0
 EXIT_DAMAGE = 4
-"""Damage was found, or index and segments differ."""
+"""Problems are left: damage was found, index and segments differ, or (``doctor``) something stands in the way of a store."""
 EXIT_FAILED = 8
 """The request was right and could not be carried out: locked, not permitted, out of space, an I/O error."""
 EXIT_USAGE = 16

@@ -33,7 +33,9 @@ class FsckCommand(TyperCommand):
 
 
 def fsck(
-    path: Annotated[Path | None, typer.Argument(help="The store's folder, or one segment file.", show_default=False)] = None,
+    path: Annotated[
+        Path | None, typer.Argument(help="The store's folder, or one segment file.", show_default=False, readable=False)
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Headers and seals only.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Every byte: payload checksums, decoding, padding.")] = False,
     sample: Annotated[

@@ -16,7 +16,7 @@ from ..engine.index import Index, IndexDamaged
 from ..engine.index_entry import IndexEntry
 from ..engine.index_memory import MemoryIndex
 from ..engine.index_open import REBUILD_MARKER
-from ..engine.index_rocksdb import RocksFollowerIndex, RocksIndex, set_aside
+from ..engine.index_rocksdb import RocksFollowerIndex, RocksIndex, RocksTuning, set_aside
 from ..engine.index_snapshot import RocksSnapshotIndex
 from ..engine.stats import Counters
 from ..format.errors import KvlodeError
@@ -42,10 +42,10 @@ class EngineIndexView:
             checkpoint = catalog.checkpoint()
             catalog.load_floors()
         except (IndexDamaged, struct.error) as error:
-            raise IndexUnreadable("the index's own entries cannot be read", actual=error) from error
+            raise _unreadable(error) from error
         self._check_damage()
         if identity is not None and len(identity) != _UUID_BYTES:
-            raise IndexUnreadable("the index does not say whose it is", expected=f"{_UUID_BYTES} bytes of uuid", actual=identity.hex())
+            raise IndexUnreadable("it does not say whose it is", expected=f"{_UUID_BYTES} bytes of uuid", actual=identity.hex())
         place = None if checkpoint is None else (checkpoint.segment_id, checkpoint.offset, checkpoint.sequence)
         return IndexState(identity, place, catalog.floors)
 
@@ -60,16 +60,23 @@ class EngineIndexView:
                 if not ident.startswith(META_PREFIX):
                     yield ident, _unpacked(value)
         except IndexDamaged as error:
-            raise IndexUnreadable("the index cannot be read to its end", actual=error) from error
+            raise _unreadable(error) from error
 
     def _check_damage(self) -> None:
         """Damaged keys read as absent in the engine; for a check they are damage."""
         if self._index.damaged():
-            raise IndexUnreadable("entries of the index cannot be read", actual=f"{self._index.damaged()} failed reads")
+            raise IndexUnreadable("entries cannot be read", actual=f"{self._index.damaged()} failed reads")
 
     def close(self) -> None:
         if self._owned:
             self._index.close()
+
+
+def _unreadable(error: KvlodeError | struct.error) -> IndexUnreadable:
+    """The error itself in a check's words: its place is that of the finding, and what to do is a matter of the repair."""
+    if isinstance(error, KvlodeError):
+        return IndexUnreadable(error.what, expected=error.expected, actual=error.actual)
+    return IndexUnreadable("its own entries have another layout", actual=error)
 
 
 def _unpacked(value: bytes) -> IndexEntry | None:
@@ -77,6 +84,19 @@ def _unpacked(value: bytes) -> IndexEntry | None:
         return IndexEntry.unpack(value)
     except IndexDamaged:
         return None
+
+
+def open_to_look(
+    folder: str | os.PathLike[str], *, live: bool, cache_bytes: int = RocksTuning.block_cache_bytes
+) -> RocksFollowerIndex | RocksSnapshotIndex | None:
+    """The RocksDB in a folder, read-only; ``None`` where there is none. Raises ``IndexDamaged`` or ``DeviceError``.
+
+    It is followed only beside a writer (``live``): a follower passes over tables that are missing, read-only mode tells of them.
+    """
+    if not os.path.isdir(folder) or not os.listdir(folder):
+        return None
+    kind = RocksFollowerIndex if live else RocksSnapshotIndex
+    return kind(folder, block_cache_bytes=cache_bytes)
 
 
 class RocksSource:
@@ -89,15 +109,13 @@ class RocksSource:
 
     def open_view(self, *, live: bool) -> EngineIndexView | None:
         """See ``IndexSource``. Beside a writer a damaged table may go unnoticed, its entries being absent."""
-        if not os.path.isdir(self._folder) or not os.listdir(self._folder):
-            return None
-        if os.path.exists(os.path.join(self.path, REBUILD_MARKER)):
-            raise IndexUnreadable("damage was met while the index was in use", where=self._folder, actual=f"a file {REBUILD_MARKER}")
+        if os.path.isdir(self._folder) and os.path.exists(os.path.join(self.path, REBUILD_MARKER)):
+            raise IndexUnreadable("damage was met while it was in use", actual=f"a file {REBUILD_MARKER}")
         try:
-            index = RocksFollowerIndex(self._folder) if live else RocksSnapshotIndex(self._folder)
+            index = open_to_look(self._folder, live=live)
         except KvlodeError as error:
-            raise IndexUnreadable("the index cannot be opened", where=self._folder, actual=error) from error
-        return EngineIndexView(index, owned=True)
+            raise _unreadable(error) from error
+        return None if index is None else EngineIndexView(index, owned=True)
 
     # --- repair -------------------------------------------------------------------------------------------------------
 

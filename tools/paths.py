@@ -6,21 +6,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import typer
 
 from ..format.errors import InvalidConfig, KvlodeError, device_error
 
 
-def path_argument(help_text: str) -> Any:
-    """A required path. The parser's own look at it is left out: it takes a missing permission for a wrong command line."""
-    return typer.Argument(help=help_text, show_default=False, readable=False)
-
-
 def require_folder(path: Path, what: str) -> None:
     """Raise ``InvalidConfig`` unless ``path`` is a folder or can become one: neither it nor anything above it is a file."""
-    with naming("look at", path):
+    with naming("stat", path):
         for place in (path, *path.parents):
             if place.is_dir():
                 return
@@ -36,7 +28,7 @@ def require_folder(path: Path, what: str) -> None:
 
 def require_new_place(target: Path, what: str) -> None:
     """Raise ``InvalidConfig`` unless a file can be written at ``target``: its folder is there, and it is no folder itself."""
-    with naming("look at", target):
+    with naming("stat", target):
         if target.is_dir():
             raise InvalidConfig(f"{what} cannot be written", where=target, expected="the name of a file", actual="a folder")
         if not target.parent.is_dir():
@@ -51,7 +43,7 @@ def require_new_place(target: Path, what: str) -> None:
 
 def require_file(path: Path, what: str) -> None:
     """Raise ``InvalidConfig`` unless ``path`` is a file."""
-    with naming("look at", path):
+    with naming("stat", path):
         if not path.is_file():
             actual = "a folder" if path.is_dir() else "no file"
             raise InvalidConfig(f"{what} cannot be read", where=path, expected="a file", actual=actual, action="Check the path.")

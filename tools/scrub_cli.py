@@ -9,7 +9,7 @@ import typer
 
 
 def scrub(
-    path: Annotated[Path, typer.Argument(help="The store's folder.", show_default=False)],
+    path: Annotated[Path, typer.Argument(help="The store's folder.", show_default=False, readable=False)],
     rate: Annotated[str, typer.Option(help="Bytes to read in a second; none for no limit.")] = "100MiB/s",
     once: Annotated[bool, typer.Option("--once", help="End after one round over what is there now.")] = False,
     interval: Annotated[str, typer.Option(help="Check a segment again after this time: 7d, 12h, 30min, 90s.")] = "7d",

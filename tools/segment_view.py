@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,12 +10,14 @@ import numpy as np
 
 from ..format.errors import CorruptRecord, FormatError
 from ..format.layout import PAGE_BYTES, ZERO_DIGEST, Codec, RecordType, segment_name
-from ..format.record import RecordHeader
+from ..format.record import RECORD_TABLE, RecordHeader
 from ..format.seal import SealBuilder, SealTable, Trailer
 from ..format.segment import SegmentHeader
 from ..format.walk import Read, SegmentScan, WalkEndKind, find_seal, scan_unsealed, walk_records
 
 _ZEROS_STEP_BYTES = 1 << 20
+_SEARCH_PAGES = 1024
+"""Pages behind the header that are tried for a record."""
 _SHOWN_COLUMNS = ("raw_length", "stored_length", "record_pages", "version_seq", "record_seq", "written_at_ns", "expires_at_ns", "depth")
 
 
@@ -33,6 +36,8 @@ class SegmentView:
     """The records that could be found, as a seal lists them."""
     foreign: bool = False
     """The header names another store, or another id than the file."""
+    blank: bool = False
+    """It holds nothing although later segments hold records: it was emptied."""
     damaged: list[tuple[int, int]] = field(default_factory=list)
     """Ranges inside the durable part that hold no record."""
     problems: list[str] = field(default_factory=list)
@@ -60,10 +65,17 @@ class SegmentView:
         if self.foreign:
             return "foreign"
         if self.problems:
-            return "damaged" if self.size_bytes else "unreadable"
+            return "damaged" if self.size_bytes or self.blank else "unreadable"
         if self.empty:
             return "empty"
         return "sealed" if self.sealed else "open"
+
+    def mark_blank(self) -> None:
+        """Later segments hold records. Segments are filled one after the other, so this one, which is ``empty``, had some once."""
+        self.blank = True
+        self.notes.clear()
+        text = f"{segment_name(self.segment_id)} holds no record in {self.size_bytes} bytes, though later segments hold some"
+        self.problems.append(f"{text}; its blocks are lost")
 
 
 def read_segment(read: Read, *, segment_id: int, store_uuid: bytes, size_bytes: int, allocated_bytes: int, data_end: int) -> SegmentView:
@@ -157,7 +169,24 @@ def _leading_records(read: Read, end: int, store_uuid: bytes, segment_id: int) -
     return records
 
 
-def table_of(records: list[RecordHeader]) -> SealTable:
+def first_record(read: Read) -> RecordHeader | None:
+    """The first whole record near the beginning of a segment, of whatever store; what lies elsewhere than it says is part of a payload."""
+    for offset in range(PAGE_BYTES, (1 + _SEARCH_PAGES) * PAGE_BYTES, PAGE_BYTES):
+        page = bytes(read(offset, PAGE_BYTES))
+        if len(page) < PAGE_BYTES:
+            return None
+        if not page.startswith(RECORD_TABLE.magic):
+            continue
+        try:
+            header = RecordHeader.parse(page)
+        except FormatError:
+            continue
+        if header.offset == offset:
+            return header
+    return None
+
+
+def table_of(records: Sequence[RecordHeader]) -> SealTable:
     """The records as the table of contents that a seal would have."""
     builder = SealBuilder()
     for header in records:

@@ -3,25 +3,24 @@ into without its engine and without RocksDB, beside a running writer, and when p
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..format.errors import FormatError, PathUnavailable, UnsupportedFormat
+from ..format.errors import DeviceError, FormatError, PathUnavailable, UnsupportedFormat
 from ..format.layout import PAGE_BYTES, SEGMENTS_FOLDER, SUPERBLOCK_NAME, parse_segment_name, segment_name
 from ..format.namespace import Namespace
-from ..format.record import RECORD_TABLE, RecordHeader
+from ..format.record import RecordHeader
 from ..format.seal import SealTable
 from ..format.segment import SegmentHeader
 from ..format.superblock import Superblock
 from ..gds.buffers import aligned_array
 from ..gds.posix import PosixDevice
 from .segment_reader import SegmentReader, data_ranges
-from .segment_view import SegmentView, read_segment
-
-_IDENTITY_SEARCH_PAGES = 1024
+from .segment_view import SegmentView, first_record, read_segment
 
 
 class StoreFiles:
@@ -82,24 +81,21 @@ class StoreFiles:
 
     def _identify_file(self) -> bytes:
         """Store and id of a segment file outside of a store: by its header, else by its first whole record."""
-        with self.path.open("rb", buffering=0) as file:
-            named = parse_segment_name(self.path.name)
-            if not file.read(1):
-                self._lone = named or 0
+        named = parse_segment_name(self.path.name)
+        self._lone = named or 0
+        with self.reading(self._lone) as read:
+            page = bytes(read(0, PAGE_BYTES))
+            if not page:
                 return bytes(16)
-            file.seek(0)
+            found: SegmentHeader | RecordHeader | None
             try:
-                header = SegmentHeader.parse(file.read(PAGE_BYTES), where=self.path)
-                self._lone = header.segment_id
-                return header.store_uuid
+                found = SegmentHeader.parse(page, where=self.path)
             except FormatError:
-                for _ in range(_IDENTITY_SEARCH_PAGES):
-                    page = file.read(PAGE_BYTES)
-                    if page[:8] == RECORD_TABLE.magic and (record := _record_of(page)) is not None:
-                        self._lone = record.segment_id
-                        return record.store_uuid
+                found = first_record(read)
+        if found is not None:
+            self._lone = found.segment_id
+            return found.store_uuid
         if named is not None:
-            self._lone = named
             return bytes(16)
         raise UnsupportedFormat(
             "this is neither a kvlode store nor a segment file",
@@ -114,12 +110,18 @@ class StoreFiles:
         """Ids of the segment files, oldest first."""
         if self._lone is not None:
             return [self._lone]
+        folder = self.path / SEGMENTS_FOLDER
         try:
-            names = os.listdir(self.path / SEGMENTS_FOLDER)
-        except (FileNotFoundError, NotADirectoryError):
+            names = os.listdir(folder)
+        except FileNotFoundError:
             if self.superblock is not None and not self.path.is_dir():
                 raise  # the store was there and is gone
             return []
+        except NotADirectoryError:
+            if self.superblock is None and not self.path.is_dir():
+                return []
+            action = "A store keeps its segments in a folder of this name: move the file away and put the folder back."
+            raise DeviceError("list folder", folder, errno=errno.ENOTDIR, action=action) from None
         return sorted(found for name in names if (found := parse_segment_name(name)) is not None)
 
     def segment_path(self, segment_id: int) -> Path:
@@ -166,7 +168,7 @@ class StoreFiles:
         status = os.stat(path)
         ranges = data_ranges(path, status.st_size)
         with self.reading(segment_id) as read:
-            return read_segment(
+            view = read_segment(
                 read,
                 segment_id=segment_id,
                 store_uuid=self.store_uuid,
@@ -174,6 +176,24 @@ class StoreFiles:
                 allocated_bytes=status.st_blocks * 512,
                 data_end=ranges[-1][1] if ranges else 0,
             )
+        if view.empty and self._is_written_behind(segment_id):
+            view.mark_blank()
+        return view
+
+    def _is_written_behind(self, segment_id: int) -> bool:
+        """Whether a later segment of this store holds a record, and none of them says that this one was freed."""
+        later = [found for found in self.segment_ids() if found > segment_id]
+        headers = [header for found in later if (header := self.header(found)) is not None and header.store_uuid == self.store_uuid]
+        freed = any(header.first_live_segment > segment_id for header in headers)
+        return not freed and any(self._holds_record(found) for found in later)
+
+    def _holds_record(self, segment_id: int) -> bool:
+        try:
+            with self.reading(segment_id) as read:
+                record = first_record(read)
+        except OSError:  # it is told where its turn comes
+            return False
+        return record is not None and (record.store_uuid, record.segment_id) == (self.store_uuid, segment_id)
 
     # --- records ----------------------------------------------------------------------------------------------------
 
@@ -218,10 +238,3 @@ def check_segment(files: StoreFiles, segment_id: int) -> None:
             expected=f"one of {len(present)}: {shown}" if present else "a store with segments",
             actual=segment_name(segment_id),
         )
-
-
-def _record_of(page: bytes) -> RecordHeader | None:
-    try:
-        return RecordHeader.parse(page)
-    except FormatError:
-        return None

@@ -21,6 +21,7 @@ from ...format.superblock import Superblock
 from ...format.walk import parse_placed, resynchronise
 from ...gds.buffers import aligned_array
 from ...gds.device import Device, DeviceFile, OpenMode
+from ..output import count_text
 from .findings import Finding
 from .index_view import IndexSource, IndexUnreadable
 from .plan import Action
@@ -111,11 +112,11 @@ class Repairer:
             new = prepare_seal(reader(file), size_bytes, self._place(action, segment_id, size_bytes), action.cut, self._now_ns)
             kept = self._save_replaced(file, action, new)
             write_seal(file, new)
-        parts = [f"sealed anew at {new.offset} with {new.listed} records"]
+        parts = [f"sealed anew at {new.offset} with {count_text(new.listed, 'record')}"]
         if new.left_out:
-            parts.append(f", {len(new.left_out)} ranges of {sum(length for _, length in new.left_out)} bytes left out")
+            parts.append(f", {count_text(len(new.left_out), 'range')} of {sum(length for _, length in new.left_out)} bytes left out")
         if new.pages:
-            parts.append(f", {len(new.pages)} deletes written anew")
+            parts.append(f", {count_text(len(new.pages), 'delete')} written anew")
         return "".join(parts) + _kept_in(kept)
 
     def _place(self, action: Action, segment_id: int, size_bytes: int) -> SegmentPlace:
@@ -147,17 +148,17 @@ class Repairer:
         index = self._source()
         idents = [finding.ident for finding in self._pointing(action.findings, there=True)]
         dropped = index.drop(ident for ident in idents if ident is not None)
-        return f"{dropped} entries dropped"
+        return f"{count_text(dropped, 'entry', 'entries')} dropped"
 
     def _add_entries(self, action: Action) -> str:
         """Only for keys that still have no entry, and records that are still there."""
         index = self._source()
         records = [self._record(finding) for finding in self._pointing(action.findings, there=False)]
         added = index.add([header for header in records if header is not None])
-        return f"{added} entries added"
+        return f"{count_text(added, 'entry', 'entries')} added"
 
     def _rebuild_index(self, action: Action) -> str:
-        return f"derived anew from the segments, {self._source().rebuild()} entries"
+        return f"derived anew from the segments, {count_text(self._source().rebuild(), 'entry', 'entries')}"
 
     def _pointing(self, findings: tuple[Finding, ...], *, there: bool) -> list[Finding]:
         """Findings whose entry points to their place (``there``), or that have no entry."""

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from ...format.errors import CorruptRecord, FormatError, UnsupportedFormat
 from ...format.layout import PAGE_BYTES, RecordType, round_up_pages
 from ...format.record import RecordHeader
-from ...format.seal import SealBuilder, SealTable, Trailer, toc_bytes
+from ...format.seal import SealTable, Trailer
 from ...format.walk import SegmentScan, WalkEndKind, find_seal, parse_placed, scan_unsealed
+from ..segment_view import table_of
 from .check_superblock import FirstPage
 from .findings import Finding
 from .source import SegmentReader, SegmentRef
@@ -281,17 +282,4 @@ def load_table(reader: SegmentReader, look: SegmentLook, store_uuid: bytes) -> S
     scan = scan_unsealed(
         reader.read, end=look.data_end, store_uuid=store_uuid, segment_id=ref.segment_id, durable_bytes=look.data_end, verify_payloads=False
     )
-    return table_of(scan.records, store_uuid)
-
-
-def table_of(headers: Sequence[RecordHeader], store_uuid: bytes) -> SealTable:
-    """The table of contents that a seal of these records would have."""
-    builder = SealBuilder()
-    for header in headers:
-        builder.add(header)
-    end = headers[-1].offset + headers[-1].record_bytes if headers else PAGE_BYTES
-    packed = builder.pack(
-        store_uuid=store_uuid, segment_id=0, epoch=1, offset=end, record_seq=0, synced_bytes=0, written_at_ns=0
-    )  # fmt: skip
-    length = toc_bytes(builder.count, sum(len(header.key) for header in headers))
-    return SealTable.parse(packed[PAGE_BYTES : PAGE_BYTES + length])
+    return table_of(scan.records)

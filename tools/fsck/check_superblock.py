@@ -8,15 +8,12 @@ from dataclasses import dataclass
 
 from ...format.errors import CorruptRecord, DeviceError, FormatError, UnsupportedFormat
 from ...format.layout import PAGE_BYTES, SUPERBLOCK_NAME
-from ...format.record import RecordHeader
 from ...format.segment import SEGMENT_TABLE, SegmentHeader
 from ...format.superblock import SUPERBLOCK_TABLE, Superblock
 from ...gds.device import Device
+from ..segment_view import first_record
 from .findings import Finding
 from .source import SegmentReader, SegmentRef, opened, read_page
-
-_RECORDS_ASKED = 16
-"""Pages behind a damaged segment header that are tried for a record."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,19 +52,8 @@ def read_first_page(reader: SegmentReader) -> FirstPage:
         return FirstPage(reader.ref, header, None, blank=False, foreign=False, record_uuid=None)
     except FormatError as error:
         foreign = page[:8] not in (SEGMENT_TABLE.magic, bytes(8), b"")
-        return FirstPage(reader.ref, None, error, not any(page), foreign, _uuid_of_records(reader))
-
-
-def _uuid_of_records(reader: SegmentReader) -> bytes | None:
-    for number in range(1, 1 + _RECORDS_ASKED):
-        page = bytes(reader.read(number * PAGE_BYTES, PAGE_BYTES))
-        if len(page) < PAGE_BYTES:
-            return None
-        try:
-            return RecordHeader.parse(page).store_uuid
-        except FormatError:
-            continue
-    return None
+        record = first_record(reader.read)
+        return FirstPage(reader.ref, None, error, not any(page), foreign, None if record is None else record.store_uuid)
 
 
 def majority_uuid(pages: Sequence[FirstPage]) -> bytes | None:

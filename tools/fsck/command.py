@@ -123,7 +123,7 @@ class _Session:
         return line
 
     def fail(self, error: KvlodeError) -> None:
-        """The run ended in an error: a wrong request, or one that could not be carried out. Where nothing was checked it is all there is."""
+        """The run ended in an error: a wrong request, or one that could not be carried out. Where nothing was checked, that is all."""
         self._usage = isinstance(error, InvalidConfig | PathUnavailable)
         self._only_failure = self._usage or not self.report.passes
         self.report.errors.append(str(error))

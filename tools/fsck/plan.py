@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..output import count_text
 from .check_index import NO_SUCH_SEGMENT
 from .findings import Finding, Report
 from .problems import Repair, Severity
@@ -42,9 +43,9 @@ class Action:
         """One line of the plan."""
         parts = [f"{self.path}: {self.repair.value} ({', '.join(self.problem_ids)}"]
         if self.repair in (Repair.DROP_ENTRIES, Repair.ADD_ENTRIES):
-            parts.append(f"; {len(self.findings)} entries")
+            parts.append(f"; {count_text(len(self.findings), 'entry', 'entries')}")
         if self.cut:
-            parts.append(f"; leaves out {len(self.cut)} records")
+            parts.append(f"; leaves out {count_text(len(self.cut), 'record')}")
         if self.doubtful:
             parts.append(f", {self.doubtful} of them because their delete may have been lost")
         return "".join(parts) + ")"
@@ -166,7 +167,9 @@ def _index_actions(report: Report, lossy: bool, doubtful: list[Finding], has_ind
                 continue  # it is what shows that something is lost
             wanted[finding.problem.repair].append(finding)
     if doubtful and not lossy:
-        left.append(f"index: {len(doubtful)} records are not added, their delete may be among what was lost; --repair=lossy gives them up")
+        left.append(
+            f"index: not added, as a delete may be among what was lost: {count_text(len(doubtful), 'record')}; --repair=lossy gives up"
+        )
     if not wanted:
         return []
     if not has_index:

@@ -57,7 +57,7 @@ _LOSSLESS, _LOSSY = True, False
 _SUPERBLOCK = (
     Problem(
         "SB-MISSING", _F, Repair.REWRITE_SUPERBLOCK, _LOSSLESS,
-        "{path} is missing; {segments} segments name the store {store_uuid}",
+        "{path} is missing; the segments ({segments} of them) name the store {store_uuid}",
         "The superblock is gone, so the store cannot be opened. Everything in it but the time of creation is repeated in every "
         "segment. The repair writes it anew with the uuid that most segments name.",
     ),
@@ -184,7 +184,7 @@ _RECORDS = (
     ),
     Problem(
         "REC-NS-MISSING", _N, Repair.NONE, _LOSSLESS,
-        "{path} at {offset}: {count} blocks of namespace {namespace}, which this segment does not describe",
+        "{path} at {offset}: blocks of namespace {namespace}, which this segment does not describe: {count}",
         "The blocks can be read by whoever knows their namespace; tools cannot say which model they belong to unless another "
         "segment describes it. This is what is left after a damaged namespace record was cut out.",
     ),
@@ -217,7 +217,7 @@ _PAYLOADS = (
     ),
     Problem(
         "PAY-PAD", _N, Repair.NONE, _LOSSLESS,
-        "{path} at {offset}: {count} bytes of padding are not zero",
+        "{path} at {offset}: bytes of padding that are not zero: {count}",
         "Padding is covered by no checksum and ignored by readers, so nothing is lost. Writers lay zeros there: something else "
         "changed these bytes, which says that the drive or the memory of this machine is not to be trusted.",
     ),
@@ -247,7 +247,7 @@ _INDEX = (
     ),
     Problem(
         "IDX-VALUE", _D, Repair.REBUILD_INDEX, _LOSSLESS,
-        "{path}: {count} entries of an unknown layout, the first for {key}",
+        "{path}: entries of an unknown layout: {count}, the first for {key}",
         "Written by another version, or damaged. Their blocks count as misses. The repair rebuilds the index from the segments.",
     ),
     Problem(
@@ -274,13 +274,13 @@ _INDEX = (
     ),
     Problem(
         "IDX-FREEING", _N, Repair.NONE, _LOSSLESS,
-        "{path}: no entries for {count} live blocks of segment {segment_id:016x}, which was being freed",
+        "{path}: live blocks without an entry in segment {segment_id:016x}, which was being freed: {count}",
         "Reclaim takes the entries of the oldest segment out of the index before it removes the file; it was cut short in "
         "between. The segment is the next to be freed.",
     ),
     Problem(
         "IDX-BEHIND", _N, Repair.NONE, _LOSSLESS,
-        "{path}: {count} records lie behind its checkpoint",
+        "{path}: records behind its checkpoint: {count}",
         "The index lags behind the log, as after a crash. The next opening for writing adds them.",
     ),
 )

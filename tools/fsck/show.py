@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from ..output import bytes_text, printable
+from ..output import bytes_text, count_text, printable
 from .findings import Finding, Report
 from .options import Level
 from .problems import PROBLEMS, Problem, Severity
@@ -98,20 +98,22 @@ def _summary(report: Report, exit_code: int) -> Iterator[str]:
     for name, reason in report.skipped.items():
         if reason != f"not at level {report.level}":
             yield printable(f"not checked: {name}: {reason}")
+    present = count_text(coverage.segments_present, "segment")
     yield (
-        f"{report.path}: {coverage.segments_checked:,} of {coverage.segments_present:,} segments, {coverage.records_checked:,} of "
-        f"{coverage.records_present:,} records, {coverage.index_entries:,} index entries in {report.duration_s:.1f} s"
+        f"{report.path}: {coverage.segments_checked:,} of {present}, {coverage.records_checked:,} of "
+        f"{count_text(coverage.records_present, 'record')}, {count_text(coverage.index_entries, 'index entry', 'index entries')} "
+        f"in {report.duration_s:.1f} s"
     )
     yield _coverage_text(report)
     notes = sum(report.counts.values()) - report.problems
-    verdict = "clean" if exit_code == 0 else f"{report.problems:,} problems"
+    verdict = "clean" if exit_code == 0 else count_text(report.problems, "problem")
     if report.interrupted:
         verdict += ", interrupted"
     elif report.out_of_time:
         verdict += ", out of time"
     if report.errors:
-        verdict += f", {len(report.errors):,} errors"
-    yield f"{verdict}, {notes:,} notes (exit code {exit_code})" if notes else f"{verdict} (exit code {exit_code})"
+        verdict += f", {count_text(len(report.errors), 'error')}"
+    yield f"{verdict}, {count_text(notes, 'note')} (exit code {exit_code})" if notes else f"{verdict} (exit code {exit_code})"
 
 
 def _coverage_text(report: Report) -> str:

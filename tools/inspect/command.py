@@ -38,7 +38,7 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-AnyPath = Annotated[Path, typer.Argument(help="The store's folder, or one segment file.", show_default=False)]
+AnyPath = Annotated[Path, typer.Argument(help="The store's folder, or one segment file.", show_default=False, readable=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line.")]
 Limit = Annotated[int, typer.Option(help="Rows to show at most.", min=1)]
 SegmentOption = Annotated[str | None, typer.Option("--segment", help="Id in hex, or file name.", show_default=False)]
@@ -97,17 +97,21 @@ def _answer(facts: dict[str, Any], show: Callable[[Console], None], as_json: boo
 def store(
     path: AnyPath,
     limit: Limit = 64,
-    html: Annotated[Path | None, typer.Option(help="Write the same as one self-contained page.", show_default=False)] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write the same as one self-contained page.", show_default=False, readable=False)
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """What is where, how full, how old, how hot; with a map of the newest segments."""
-    from .html import write_page
+    from .html import check_page_place, write_page
     from .map import map_width
     from .namespaces import namespaces_facts
     from .store import StoreView, print_store
 
     files, _ = open_files(path)
     with files:
+        if html is not None:
+            check_page_place(files, html)
         width = map_width(make_console(), files.segment_ids())
         survey = Survey(files)
         view = StoreView(survey, limit, width if html is None else HTML_CELLS)
@@ -146,13 +150,13 @@ def record(
     path: AnyPath,
     segment_id: SegmentOption = None,
     offset: Annotated[int | None, typer.Option(help="Byte offset of the record in its segment.", show_default=False)] = None,
-    key: Annotated[str | None, typer.Option(help="The block with this key (hex) instead of a place.", show_default=False)] = None,
+    key: Annotated[str | None, typer.Option(help="The block with this key (hex) instead of an offset.", show_default=False)] = None,
     namespace: NamespaceOption = None,
     as_json: AsJson = False,
 ) -> None:
     """One record: every field annotated, its stripes, and whether they match their checksums and decode."""
     from .namespaces import choose_namespace
-    from .record import place_of_key, print_record, record_facts
+    from .record import place_in_segment, place_of_key, print_record, record_facts
 
     if (offset is None) == (key is None):
         raise InvalidConfig(
@@ -161,9 +165,10 @@ def record(
     files, named = open_files(path)
     with files:
         if key is not None:
-            survey, wanted = Survey(files), parse_key(key)
+            wanted, one = parse_key(key), None if segment_id is None and named is None else _segment_of(files, named, segment_id)
+            survey = Survey(files)
             space = None if namespace is None else choose_namespace(survey, namespace)
-            place = place_of_key(survey, wanted, space)
+            place = place_of_key(survey, wanted, space) if one is None else place_in_segment(files, one, wanted, space)
         else:
             assert offset is not None
             place = _segment_of(files, named, segment_id), offset
@@ -256,17 +261,18 @@ def diff(path: AnyPath, limit: Limit = 20, as_json: AsJson = False) -> None:
 def export_blocks(
     path: AnyPath,
     keys: Annotated[list[str], typer.Argument(help="Keys of the blocks, in hex.", show_default=False)],
-    to: Annotated[Path, typer.Option("--to", help="The new safetensors file.", show_default=False)],
+    to: Annotated[Path, typer.Option("--to", help="The new safetensors file.", show_default=False, readable=False)],
     namespace: NamespaceOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Write blocks to a safetensors file, every stripe checked and decoded."""
-    from .export import export_facts, print_export
+    from .export import check_target, export_facts, print_export
     from .namespaces import choose_namespace
 
     wanted = [parse_key(key) for key in keys]
     files, _ = open_files(path)
     with files:
+        check_target(files, to)
         survey = Survey(files)
         facts = export_facts(survey, choose_namespace(survey, namespace), wanted, to)
         code = _answer(facts, lambda console: print_export(console, facts), as_json).exit_code
@@ -275,8 +281,8 @@ def export_blocks(
 
 @app.command("import")
 def import_file(
-    path: Annotated[Path, typer.Argument(help="The store's folder.", show_default=False)],
-    source: Annotated[Path, typer.Argument(help="A file that inspect export wrote.", show_default=False)],
+    path: Annotated[Path, typer.Argument(help="The store's folder.", show_default=False, readable=False)],
+    source: Annotated[Path, typer.Argument(help="A file that inspect export wrote.", show_default=False, readable=False)],
     capacity: Annotated[str, typer.Option(help="The capacity that the engine opens this store with, as 200GiB.", show_default=False)],
     as_json: AsJson = False,
 ) -> None:

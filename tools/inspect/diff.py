@@ -18,7 +18,7 @@ from ...engine.index import IndexDamaged
 from ...engine.index_entry import IndexEntry
 from ...format.errors import FormatError
 from ..lock_state import has_writer
-from ..output import key_text, make_table, print_facts, print_problems, print_table
+from ..output import count_text, key_text, make_table, print_facts, print_problems, print_table
 from .index import opened_index, own_facts
 from .survey import Survey
 
@@ -154,7 +154,7 @@ def diff_facts(survey: Survey, limit: int) -> dict[str, Any]:
 def print_diff(console: Console, facts: dict[str, Any]) -> None:
     """For people."""
     lines = [
-        ("index", f"{facts['entries']:,} entries" if facts["present"] else "none"),
+        ("index", count_text(facts["entries"], "entry", "entries") if facts["present"] else "none"),
         ("segments", f"{facts['blocks']:,} blocks that count"),
     ]
     if facts["present"]:

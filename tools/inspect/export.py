@@ -16,7 +16,8 @@ from ...format.namespace import Namespace
 from ...format.record import RecordHeader
 from ...format.walk import parse_placed
 from ..liveness import Place
-from ..output import bytes_text, print_problems
+from ..output import bytes_text, count_text, print_problems
+from ..paths import naming, require_new_place
 from ..store_files import StoreFiles
 from .namespaces import collect_namespaces, live_rows
 from .payload import decode_block
@@ -29,8 +30,10 @@ _BLOCK_HEADER_BYTES_MAX = 3000
 
 
 def export_facts(survey: Survey, namespace: bytes, keys: list[bytes], target: Path) -> dict[str, Any]:
-    """Write the blocks to the new file ``target``. What is missing or damaged is left out and named; without any block there is no file."""
-    check_target(survey.files, target)
+    """Write the blocks to the new file ``target``, which ``check_target`` has found good.
+
+    What is missing or damaged is left out and named; without any block there is no file.
+    """
     descriptor = _descriptor(survey, namespace)
     wanted = list(dict.fromkeys(keys))
     places = {key: survey.log.find(namespace + key) for key in wanted}
@@ -38,8 +41,9 @@ def export_facts(survey: Survey, namespace: bytes, keys: list[bytes], target: Pa
     blocks: dict[str, dict[str, Any]] = {}
     damaged: list[str] = []
     metadata_bytes = 2 * len(json.dumps(descriptor.canonical_json().decode())) + 1000
-    writer = TensorWriter(target, metadata_bytes + _BLOCK_HEADER_BYTES_MAX * len(wanted))
-    with contextlib.ExitStack() as undo:
+    with naming("create", target):
+        writer = TensorWriter(target, metadata_bytes + _BLOCK_HEADER_BYTES_MAX * len(wanted))
+    with naming("write", target), contextlib.ExitStack() as undo:
         undo.callback(writer.abandon)
         for key, place in places.items():
             if place is None:
@@ -67,7 +71,8 @@ def export_facts(survey: Survey, namespace: bytes, keys: list[bytes], target: Pa
 
 
 def check_target(files: StoreFiles, target: Path) -> None:
-    """Raise ``InvalidConfig`` for a file that exists, or that would lie inside the store."""
+    """Raise ``InvalidConfig`` for a place where no file can be written, for a file that exists, or that would lie inside the store."""
+    require_new_place(target, "the export")
     if target.exists():
         raise InvalidConfig("the file exists already", where=target, expected="a new name", action="Remove it, or choose another name.")
     folder = files.path.resolve()
@@ -140,7 +145,8 @@ def print_export(console: Console, facts: dict[str, Any]) -> None:
     """For people."""
     if facts["exported"]:
         console.print(
-            f"{len(facts['exported']):,} blocks, {bytes_text(facts['bytes'])}, checked and written to {facts['file']}", soft_wrap=True
+            f"{count_text(len(facts['exported']), 'block')}, {bytes_text(facts['bytes'])}, checked and written to {facts['file']}",
+            soft_wrap=True,
         )
     else:
         console.print("nothing was written: no block could be exported")

@@ -9,6 +9,8 @@ from typing import Any
 
 from ...format.errors import InvalidConfig
 from ..output import age_text, bytes_text, share_text, time_text
+from ..paths import naming, require_new_place
+from ..store_files import StoreFiles
 from .map import PINS_NOTE, full_width_bytes, use_of_cells
 from .store import StoreView
 from .survey import USES, SegmentSummary
@@ -59,12 +61,18 @@ _PATTERNS = (
 )
 
 
-def write_page(target: Path, view: StoreView, namespaces: dict[str, Any]) -> None:
-    """Write the page; an older one of this name is replaced. Raises ``InvalidConfig`` for a place inside the store."""
-    folder = view.survey.files.path.resolve()
+def check_page_place(files: StoreFiles, target: Path) -> None:
+    """Raise ``InvalidConfig`` for a place where no page can be written, or that is inside the store."""
+    require_new_place(target, "the page")
+    folder = files.path.resolve()
     if folder in target.resolve().parents:
         raise InvalidConfig("the page would lie inside the store", where=target, expected=f"a place outside of {folder}")
-    target.write_text(page(view, namespaces), encoding="utf-8")
+
+
+def write_page(target: Path, view: StoreView, namespaces: dict[str, Any]) -> None:
+    """Write the page; an older one of this name is replaced. ``check_page_place`` comes first."""
+    with naming("write", target):
+        target.write_text(page(view, namespaces), encoding="utf-8")
 
 
 def page(view: StoreView, namespaces: dict[str, Any]) -> str:

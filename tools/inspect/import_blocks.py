@@ -14,7 +14,8 @@ from ...engine.contract import BlockSpace, PutState
 from ...format.checksum import xxh3_64
 from ...format.errors import InvalidConfig
 from ...format.namespace import Namespace
-from ..output import bytes_text, print_problems
+from ..output import bytes_text, count_text, print_problems
+from ..paths import naming, require_file
 from ..store_files import StoreFiles
 from .export import FORMAT_NAME
 from .safetensors_file import Tensor, read_header
@@ -29,12 +30,15 @@ def import_facts(path: Path, source: Path, capacity: str) -> dict[str, Any]:
     ``capacity`` must be what the engine opens the store with: a smaller one would free segments. Raises ``StoreLocked`` when
     somebody writes to the store, ``InvalidConfig`` for a file that is no export.
     """
+    require_file(source, "the export")
     with StoreFiles(path) as files:
         if files.superblock is None:
             raise InvalidConfig(
                 "the store's superblock is damaged", where=path, expected="a store that can be opened", actual=files.problems[0]
             )
-    with source.open("rb") as file:
+    with naming("open for read", source):
+        opened = source.open("rb")
+    with opened as file:
         metadata, tensors, start = read_header(file, source)
         descriptor, blocks = _read_metadata(metadata, source)
         facts: dict[str, Any] = {"path": str(path), "namespace": descriptor.digest.hex(), "bytes": 0}
@@ -107,7 +111,9 @@ def _import_one(space: BlockSpace, file: BinaryIO, start: int, tensor: Tensor, b
 
 def print_import(console: Console, facts: dict[str, Any]) -> None:
     """For people."""
-    console.print(f"{len(facts['imported']):,} blocks, {bytes_text(facts['bytes'])}, checked and put into {facts['path']}", soft_wrap=True)
+    console.print(
+        f"{count_text(len(facts['imported']), 'block')}, {bytes_text(facts['bytes'])}, checked and put into {facts['path']}", soft_wrap=True
+    )
     for name, text in (("present", "were present already"), ("expired", "had expired and were left out")):
         if facts[name]:
             console.print(f"{len(facts[name]):,} {text}")

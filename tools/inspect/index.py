@@ -14,12 +14,11 @@ from rich.console import Console
 from ...engine.catalog import META_PREFIX, Catalog
 from ...engine.index import IndexDamaged
 from ...engine.index_entry import IndexEntry
-from ...engine.index_rocksdb import RocksFollowerIndex
-from ...engine.index_snapshot import RocksSnapshotIndex
 from ...engine.stats import Counters
 from ...format.layout import INDEX_FOLDER
+from ..index_access import open_to_look
 from ..lock_state import has_writer
-from ..output import bytes_text, key_text, make_table, print_facts, print_left_out, print_problems, print_table, time_text
+from ..output import bytes_text, count_text, key_text, make_table, print_facts, print_left_out, print_problems, print_table, time_text
 from ..segment_view import codec_name
 from ..store_files import StoreFiles
 
@@ -28,16 +27,11 @@ _CACHE_BYTES = 16 << 20
 
 @contextmanager
 def opened_index(store: Path) -> Iterator[Catalog | None]:
-    """The store's index to read from; ``None`` when there is none. Raises ``IndexDamaged`` or ``DeviceError``.
-
-    It is followed only beside a writer: a follower passes over tables that are missing, read-only mode tells of them.
-    """
-    folder = store / INDEX_FOLDER
-    if not folder.is_dir():
+    """The store's index to read from; ``None`` when there is none. Raises ``IndexDamaged`` or ``DeviceError``."""
+    index = open_to_look(store / INDEX_FOLDER, live=bool(has_writer(store)), cache_bytes=_CACHE_BYTES)
+    if index is None:
         yield None
         return
-    kind = RocksFollowerIndex if has_writer(store) else RocksSnapshotIndex
-    index = kind(folder, block_cache_bytes=_CACHE_BYTES)
     try:
         yield Catalog(index, Counters())
     finally:
@@ -89,7 +83,7 @@ def index_facts(files: StoreFiles, prefix: bytes, limit: int) -> dict[str, Any]:
     except IndexDamaged as error:
         problems.append(str(error))
     if unreadable:
-        problems.append(f"{unreadable} entries of an unknown layout; the next open derives the index again")
+        problems.append(f"{count_text(unreadable, 'entry', 'entries')} of an unknown layout; the next open derives the index again")
     namespaces = dict(by_namespace.most_common(limit))
     counts = {"entries": entries, "namespaces": namespaces, "rows": rows, "rows_left_out": entries - len(rows)}
     return facts | counts | {"problems": problems}

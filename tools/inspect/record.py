@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from ...format.dump import fields_of, hexdump
@@ -21,17 +23,31 @@ PAYLOAD_SHOWN_BYTES = 128
 
 
 def place_of_key(survey: Survey, key: bytes, namespace: bytes | None) -> tuple[int, int]:
-    """Segment and offset of a block. Without ``namespace`` the key must be in one alone. Raises ``PathUnavailable``."""
+    """Segment and offset of the block that counts. Without ``namespace`` the key must be in one alone. Raises ``PathUnavailable``."""
     spaces = [namespace] if namespace is not None else sorted(survey.log.namespaces())
-    found = [(space, place) for space in spaces if (place := survey.log.find(space + key)) is not None]
-    if len(found) != 1:
-        raise PathUnavailable(
-            "no block has this key" if not found else "several namespaces have a block with this key",
-            where=survey.files.path,
-            expected="a key that is present" if not found else "--namespace with one of " + ", ".join(space.hex() for space, _ in found),
-            actual=key.hex(),
-        )
-    return found[0][1].segment_id, found[0][1].offset
+    found = {space: place for space in spaces if (place := survey.log.find(space + key)) is not None}
+    _require_one(list(found), key, survey.files.path)
+    place = next(iter(found.values()))
+    return place.segment_id, place.offset
+
+
+def place_in_segment(files: StoreFiles, segment_id: int, key: bytes, namespace: bytes | None) -> tuple[int, int]:
+    """Segment and offset of the last block with this key in one segment, whether it counts or not. Raises ``PathUnavailable``."""
+    table = files.segment(segment_id).table
+    rows = [row for row in np.flatnonzero(table.type == RecordType.BLOCK).tolist() if table.key(row) == key]
+    found = {bytes(table.namespace[row]): row for row in rows}
+    if namespace is not None:
+        found = {space: row for space, row in found.items() if space == namespace}
+    _require_one(list(found), key, files.segment_path(segment_id))
+    return segment_id, int(table.page[next(iter(found.values()))]) * PAGE_BYTES
+
+
+def _require_one(spaces: list[bytes], key: bytes, where: Path) -> None:
+    if not spaces:
+        raise PathUnavailable("no block has this key", where=where, expected="a key that is present", actual=key.hex())
+    if len(spaces) > 1:
+        expected = "--namespace with one of " + ", ".join(space.hex() for space in spaces)
+        raise PathUnavailable("several namespaces have a block with this key", where=where, expected=expected, actual=key.hex())
 
 
 def record_facts(files: StoreFiles, segment_id: int, offset: int) -> dict[str, Any]:

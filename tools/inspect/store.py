@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ...format.layout import FORMAT_VERSION, HEAT_NAME, INDEX_FOLDER, QUARANTINE_FOLDER, SEGMENTS_FOLDER
 from ..lock_state import has_followers, has_writer
-from ..output import age_text, bytes_text, print_facts, print_left_out, print_problems, share_text, time_text
+from ..output import age_text, bytes_text, count_text, print_facts, print_left_out, print_problems, share_text, time_text
 from .map import PINS_NOTE, print_map
 from .survey import USES, SegmentSummary, Survey
 
@@ -82,7 +82,9 @@ def print_store(console: Console, view: StoreView, width: int) -> None:
     read_version, states = facts["format_version"], ", ".join(f"{count} {state}" for state, count in view.states.items())
     version = "unknown" if read_version is None else f"{read_version} (this kvlode reads up to {FORMAT_VERSION})"
     heat = (
-        f"{facts['hits']:,} hits on live blocks, {facts['hot_blocks']:,} blocks hot" if facts["heat_known"] else "not known (no heat table)"
+        f"{count_text(facts['hits'], 'hit')} on live blocks, {count_text(facts['hot_blocks'], 'block')} hot"
+        if facts["heat_known"]
+        else "not known (no heat table)"
     )
     created = time_text(facts["created_at_ns"])
     if facts["created_at_ns"]:

@@ -157,6 +157,8 @@ def _use(view: SegmentView, states: npt.NDArray[Any], cell_count: int) -> tuple[
     gap_starts, gap_ends = np.concatenate([[PAGE_BYTES], ends]), np.concatenate([starts, [PAGE_BYTES]])
     gaps = gap_ends[:-1] > gap_starts[:-1]
     ranges += [(int(start), int(end), "damaged") for start, end in zip(gap_starts[:-1][gaps], gap_ends[:-1][gaps], strict=True)]
+    if view.blank:
+        ranges.append((0, size, "damaged"))
     tail = view.log_end if not view.empty else size
     if view.sealed:
         ranges.append((tail, size, "notes" if not view.problems or len(view.table) else "damaged"))

@@ -17,7 +17,7 @@ from ..fsck.options import Progress, Silence
 from ..fsck.progress import SCHEMA, BarProgress
 from ..fsck.show import finding_line, problem_json
 from ..fsck.source import SegmentRef
-from ..output import bytes_text, printable
+from ..output import bytes_text, count_text, printable
 from .pace import Pace, PacedDevice, WaitingStop
 from .scrubber import Scrubber, ScrubOptions
 
@@ -91,10 +91,8 @@ class _Lines:
             }
             self._print(json.dumps(line))
             return
-        text = (
-            f"{request.path}: checked {totals.segments:,} segments, {totals.records:,} records, {bytes_text(totals.bytes_checked)} in "
-            f"{duration_s:.1f} s; damage is known in {damaged:,} segments"
-        )
+        checked = f"{count_text(totals.segments, 'segment')}, {count_text(totals.records, 'record')}, {bytes_text(totals.bytes_checked)}"
+        text = f"{request.path}: checked {checked} in {duration_s:.1f} s; damage is known in {count_text(damaged, 'segment')}"
         text += f", {unsealed:,} not sealed yet" if unsealed else ""
         text += f", {totals.vanished:,} freed meanwhile" if totals.vanished else ""
         text += ", interrupted" if scrubber.interrupted else ""
@@ -105,7 +103,7 @@ class _Lines:
 
 
 def run_scrub(request: Request) -> int:
-    """Scrub and print; returns the exit code. Raises ``PathUnavailable`` where there is no store."""
+    """Scrub and print; returns the exit code. Raises ``PathUnavailable`` where there is no store, ``DeviceError`` where it cannot be read."""
     started_s = time.monotonic()
     stop, lines, device = WaitingStop(), _Lines(request.as_json), PosixDevice()
     bars = BarProgress(sys.stderr) if sys.stderr.isatty() else None
@@ -117,6 +115,8 @@ def run_scrub(request: Request) -> int:
         try:
             scrubber.run()
         except DeviceError as error:
+            if not scrubber.begun:
+                raise
             lines.error(str(error))
             code = int(ExitBit.OPERATIONAL)
         finally:

@@ -99,6 +99,8 @@ class Scrubber:
         self.totals = Totals()
         self.survey = Survey([], 0)
         self.interrupted = False
+        self.begun = False
+        """The store could be looked at."""
         self._device = device
         self._path = path.rstrip("/") or "/"
         self._options = options
@@ -121,7 +123,9 @@ class Scrubber:
 
         Raises ``PathUnavailable`` when there is no store, ``DeviceError`` when its folder cannot be read.
         """
-        if not self._identify():
+        known = self._identify()
+        self.begun = True
+        if not known:
             return
         self._state = ScrubState.load(self._device, self._path, self._uuid)
         try:
