@@ -103,7 +103,7 @@ class _Lines:
 
 
 def run_scrub(request: Request) -> int:
-    """Scrub and print; returns the exit code. Raises ``PathUnavailable`` where there is no store, ``DeviceError`` where it cannot be read."""
+    """Scrub and print; returns the exit code. Raises ``PathUnavailable`` where there is no store, ``DeviceError`` if it cannot be read."""
     started_s = time.monotonic()
     stop, lines, device = WaitingStop(), _Lines(request.as_json), PosixDevice()
     bars = BarProgress(sys.stderr) if sys.stderr.isatty() else None
