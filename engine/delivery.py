@@ -130,7 +130,7 @@ class Delivery:
             hasher = xxhash.xxh3_64()
             for start in range(0, header.raw_length, PIECE_BYTES):
                 piece = request.payload[start : min(start + PIECE_BYTES, header.raw_length)]
-                hasher.update(piece)
+                hasher.update(piece.data)
                 copy_spans([piece], self._host.slice(start, start + piece.size))
             actual = hasher.intdigest()
         if actual != header.raw_checksum:

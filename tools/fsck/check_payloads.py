@@ -7,6 +7,7 @@ other, because its raw checksum is taken over all of them in order; different bl
 from __future__ import annotations
 
 import collections
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,8 +29,8 @@ from .findings import Finding
 from .source import SegmentRef
 from .stream import Piece
 
-BATCH_BYTES = 1 << 20
-"""Stripes are handed to the pool in batches of about this size: handing over costs more than hashing a page."""
+RUN_BYTES = 2 << 20
+"""Stripes are handed to the pool in runs of about this size: handing over costs more than hashing a page."""
 SCRATCH_KEPT_BYTES_MAX = 8 << 20
 
 
@@ -52,12 +53,13 @@ _scratch = _Scratch()
 
 
 @dataclass(slots=True)
-class Stripe:
-    """One stripe as it was read, with the padding behind it."""
+class StripeRun:
+    """Neighbouring stripes of a block as they were read, each with the padding behind it."""
 
-    index: int
-    offset: int
-    """In the payload."""
+    first: int
+    """Index of the first of them."""
+    offsets: Sequence[int]
+    """Where each starts in the payload, and where the last one ends."""
     piece: Piece
 
 
@@ -80,17 +82,17 @@ class BlockCheck:
         self._padding = 0
         self._checked = 0
         self._lock = threading.Lock()
-        self._waiting: collections.deque[Sequence[Stripe]] = collections.deque()
+        self._waiting: collections.deque[StripeRun] = collections.deque()
         self._running = False
 
-    def feed(self, stripes: Sequence[Stripe]) -> None:
-        """The next stripes, in order; their pieces are dropped when they were checked."""
+    def feed(self, run: StripeRun) -> None:
+        """The next stripes, in order; their piece is dropped when they were checked."""
         with self._lock:
-            self._waiting.append(stripes)
+            self._waiting.append(run)
             if self._running:
                 return
             self._running = True
-        self._pool.submit(self._drain)
+        self._pool.run(self._drain)
 
     def _drain(self) -> None:
         try:
@@ -105,34 +107,37 @@ class BlockCheck:
                 if not self._waiting:
                     self._running = False
                     return
-                stripes = self._waiting.popleft()
-            for stripe in stripes:
-                try:
-                    self._check(stripe)
-                finally:
-                    stripe.piece.drop()
+                run = self._waiting.popleft()
+            try:
+                self._check(run)
+            finally:
+                run.piece.drop()
             if self._checked == len(self._entries):
                 self._finish()
 
-    def _check(self, stripe: Stripe) -> None:
-        self._checked += 1
-        piece, entry = stripe.piece, self._entries[stripe.index]
-        if not piece.readable:
+    def _check(self, run: StripeRun) -> None:
+        self._checked += len(run.offsets) - 1
+        if not run.piece.readable:
             self.readable = False
             return
-        stored, padding = piece.data[: entry[0]], piece.data[entry[0] :]
+        for position, (start, stop) in enumerate(itertools.pairwise(run.offsets)):
+            self._check_stripe(run.first + position, start, run.piece.data[start - run.offsets[0] : stop - run.offsets[0]])
+
+    def _check_stripe(self, index: int, offset: int, data: ByteArray) -> None:
+        entry = self._entries[index]
+        stored, padding = data[: entry[0]], data[entry[0] :]
         if padding.size:
             self._padding += int(np.count_nonzero(padding))
         if self.findings:  # one finding a block is enough; the padding is still looked at
             return
         header = self.header
-        raw_bytes = stripe_raw_bytes(header.raw_length, header.stripe_bytes, stripe.index)
+        raw_bytes = stripe_raw_bytes(header.raw_length, header.stripe_bytes, index)
         try:
             self._raw.update(_decoded(stored, entry, raw_bytes, header.element_size))
         except CorruptRecord as error:
             name = "PAY-CRC" if error.check == "stripe-checksum" else "PAY-DECODE"
-            self.zeros = holds_a_hole(stored, header.offset + PAGE_BYTES + stripe.offset)
-            self._add(name, stripe=stripe.index, error=str(error))
+            self.zeros = holds_a_hole(stored, header.offset + PAGE_BYTES + offset)
+            self._add(name, stripe=index, error=str(error))
 
     def _finish(self) -> None:
         header = self.header

@@ -6,8 +6,10 @@ a purge or damage is known when they are met.
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,13 +22,13 @@ from ...format.stripe import stripe_offsets
 from ...format.walk import parse_placed
 from ...gds.buffers import SlotPool
 from ...gds.threads import WorkerPool
-from .check_payloads import BATCH_BYTES, BlockCheck, Stripe, check_descriptor
+from .check_payloads import RUN_BYTES, BlockCheck, StripeRun, check_descriptor
 from .check_segments import SegmentLook
 from .findings import Coverage, Finding
 from .kills import Kills
 from .options import Progress, Stop
 from .source import SegmentReader, SegmentRef
-from .stream import ByteStream, extents
+from .stream import WINDOWS_AHEAD, ByteStream, extents
 
 _ZEROS = "a page of zeros"
 
@@ -113,6 +115,35 @@ def undescribed_namespaces(records: SegmentRecords) -> list[Finding]:
     return found
 
 
+class SegmentReading:
+    """The bytes of a segment's records on their way: the first of them are asked for at once. For one thread."""
+
+    def __init__(self, reader: SegmentReader, records: SegmentRecords, slots: SlotPool, on_error: Callable[[DeviceError], None]) -> None:
+        self.records = records
+        self.stops = [offset + length for offset, length in zip(records.offsets, records.lengths, strict=True)]
+        self._runs = collections.deque(extents(records.offsets, self.stops))
+        self._open: Callable[[int, int], ByteStream] = lambda start, stop: ByteStream(reader.file, start, stop, slots, on_error)
+        self._first = self._open(*self._runs[0][2:]) if self._runs else None
+        if self._first is not None:
+            self._first.prefetch(WINDOWS_AHEAD)
+
+    def runs(self) -> Iterator[tuple[int, int, ByteStream]]:
+        """First row, row behind the last, and the stream of each run of neighbouring records; once."""
+        while self._runs:
+            first, last, start, stop = self._runs.popleft()
+            stream = self._first or self._open(start, stop)
+            self._first = None
+            with contextlib.closing(stream):
+                yield first, last, stream
+
+    def close(self) -> None:
+        """Give the memory back of what was not read."""
+        self._runs.clear()
+        if self._first is not None:
+            self._first.close()
+            self._first = None
+
+
 class RecordPass:
     """Checks the records of segments one after the other, newest first. For one thread."""
 
@@ -158,11 +189,14 @@ class RecordPass:
 
     # --- every byte ---------------------------------------------------------------------------------------------------
 
-    def read(self, reader: SegmentReader, records: SegmentRecords, slots: SlotPool, pool: WorkerPool) -> None:
+    def prepare(self, reader: SegmentReader, records: SegmentRecords, slots: SlotPool) -> SegmentReading:
+        """Begin to read a segment; ``read`` or ``close`` the answer."""
+        return SegmentReading(reader, records, slots, lambda error: self._error(str(error)))
+
+    def read(self, reading: SegmentReading, pool: WorkerPool) -> None:
         """Every byte of every record, in the order in which they lie."""
-        stops = [offset + length for offset, length in zip(records.offsets, records.lengths, strict=True)]
-        for first, last, start, stop in extents(records.offsets, stops):
-            stream = ByteStream(reader.file, start, stop, slots, lambda error: self._error(str(error)))
+        records, stops = reading.records, reading.stops
+        for first, last, stream in reading.runs():
             try:
                 for row in range(first, last):
                     self._stop.check()
@@ -170,10 +204,9 @@ class RecordPass:
                     self._read_record(stream, records, row, pool)
                     stream.skip(stops[row] - stream.position)
                     self._progress.advance(records.lengths[row], records.ref.name)
-                    self._collect(records, wait=False)
+                    self._collect(wait=False)
             finally:
-                self._collect(records, wait=True)
-                stream.close()
+                self._collect(wait=True)
 
     def _read_record(self, stream: ByteStream, records: SegmentRecords, row: int, pool: WorkerPool) -> None:
         piece = stream.take(PAGE_BYTES)
@@ -202,19 +235,17 @@ class RecordPass:
         """Hand the stripes of a block to the pool as they arrive, each with the padding behind it."""
         check = BlockCheck(header, records.ref, pool, self._done.put)
         self._outstanding += 1
-        starts = stripe_offsets(header.stripes).tolist()
-        batch: list[Stripe] = []
-        batch_bytes = 0
-        for index, (start, stop) in enumerate(zip(starts, [*starts[1:], header.record_bytes - PAGE_BYTES], strict=True)):
-            batch.append(Stripe(index, start, stream.take(stop - start)))
-            batch_bytes += stop - start
-            if batch_bytes >= BATCH_BYTES:
-                check.feed(batch)
-                batch, batch_bytes = [], 0
-        if batch:
-            check.feed(batch)
+        offsets = [*stripe_offsets(header.stripes).tolist(), header.record_bytes - PAGE_BYTES]
+        first, count = 0, len(offsets) - 1
+        while first < count:
+            room = min(RUN_BYTES, stream.whole_bytes())
+            last = first + 1
+            while last < count and offsets[last + 1] - offsets[first] <= room:
+                last += 1
+            check.feed(StripeRun(first, offsets[first : last + 1], stream.take(offsets[last] - offsets[first])))
+            first = last
 
-    def _collect(self, records: SegmentRecords, *, wait: bool) -> None:
+    def _collect(self, *, wait: bool) -> None:
         """Take the results of blocks that are done; with ``wait``, of all."""
         while self._outstanding:
             try:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from ...format.errors import DeviceError, PathUnavailable, StoreLocked
 from ...format.layout import LOCK_NAME, PAGE_BYTES, parse_segment_name
 from ...gds.device import Device
-from .check_records import SegmentRecords
+from .check_records import SegmentReading, SegmentRecords
 from .check_segments import SegmentLook, Surroundings
 from .check_space import account, check_names, check_quarantine
 from .check_superblock import FirstPage, check_superblock, majority_uuid, read_first_pages
@@ -77,6 +79,17 @@ def _locked(device: Device, path: str, options: CheckOptions, report: Report) ->
         yield
     finally:
         lock.release()
+
+
+SEGMENTS_AHEAD = 1
+"""Segments whose first bytes are read while the last ones of another are checked."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    look: SegmentLook
+    reading: SegmentReading
+    resources: contextlib.ExitStack
 
 
 class _Run:
@@ -268,13 +281,18 @@ class _Run:
         assert self._uuid is not None
         for look in looks:
             self._stop.check()
-            try:
-                with opened(self._device, look.ref) as reader:
-                    if reader is not None:
-                        judge(reader, self._segments.load(reader, look, self._uuid))
-            except DeviceError as error:
-                self.report.errors.append(str(error))
-                self._index.unjudged.add(look.ref.segment_id)
+            with self._noting(look), opened(self._device, look.ref) as reader:
+                if reader is not None:
+                    judge(reader, self._segments.load(reader, look, self._uuid))
+
+    @contextlib.contextmanager
+    def _noting(self, look: SegmentLook) -> Iterator[None]:
+        """An error of the drive is noted, and that this segment was not judged."""
+        try:
+            yield
+        except DeviceError as error:
+            self.report.errors.append(str(error))
+            self._index.unjudged.add(look.ref.segment_id)
 
     def _walk_records(self, payload_ids: set[int]) -> None:
         walked = [look for look in self._looks if look.ref.segment_id not in payload_ids]
@@ -290,7 +308,33 @@ class _Run:
     def _read_payloads(self, payload_ids: set[int]) -> None:
         chosen = [look for look in self._looks if look.ref.segment_id in payload_ids]
         self._progress.begin("payloads", sum(look.data_end - PAGE_BYTES for look in chosen))
-        self._each(chosen, self._segments.read)
+        begun: collections.deque[_Begun] = collections.deque()
+        try:
+            for look in chosen:
+                self._stop.check()
+                with self._noting(look):
+                    begun.extend(self._begin_reading(look))
+                if len(begun) > SEGMENTS_AHEAD:
+                    self._finish_reading(begun.popleft())
+            while begun:
+                self._finish_reading(begun.popleft())
+        finally:
+            for left in begun:
+                left.resources.close()
+
+    def _begin_reading(self, look: SegmentLook) -> Iterator[_Begun]:
+        """The segment with its first bytes on their way; nothing when it is gone."""
+        assert self._uuid is not None
+        with contextlib.ExitStack() as resources:
+            reader = resources.enter_context(opened(self._device, look.ref))
+            if reader is not None:
+                reading = self._segments.prepare(reader, self._segments.load(reader, look, self._uuid))
+                resources.enter_context(contextlib.closing(reading))
+                yield _Begun(look, reading, resources.pop_all())
+
+    def _finish_reading(self, begun: _Begun) -> None:
+        with self._noting(begun.look), begun.resources:
+            self._segments.finish(begun.reading)
 
     # --- index --------------------------------------------------------------------------------------------------------
 

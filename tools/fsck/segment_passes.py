@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 from ...gds.buffers import SlotPool
 from ...gds.threads import WorkerPool
-from .check_records import RecordPass, SegmentRecords, undescribed_namespaces
+from .check_records import RecordPass, SegmentReading, SegmentRecords, undescribed_namespaces
 from .check_segments import Looked, SegmentLook, Surroundings, load_table, look_at
 from .check_superblock import FirstPage
 from .findings import Report
@@ -79,4 +80,15 @@ class SegmentPasses:
 
     def read(self, reader: SegmentReader, records: SegmentRecords) -> None:
         """Every byte of every record, decoded."""
-        self.records.read(reader, records, *self._workers.get())
+        with contextlib.closing(self.prepare(reader, records)) as reading:
+            self.finish(reading)
+
+    def prepare(self, reader: SegmentReader, records: SegmentRecords) -> SegmentReading:
+        """Begin to read what ``finish`` checks. Close it in any case."""
+        slots, _ = self._workers.get()
+        return self.records.prepare(reader, records, slots)
+
+    def finish(self, reading: SegmentReading) -> None:
+        """Check what ``prepare`` has begun to read."""
+        _, pool = self._workers.get()
+        self.records.read(reading, pool)

@@ -24,6 +24,8 @@ WINDOW_BYTES = 8 << 20
 WINDOWS_IN_FLIGHT = 4
 WINDOWS = 10
 """In flight, being checked, and one that is being cut; together the memory of a stream, about 80 MiB."""
+WINDOWS_AHEAD = 2
+"""Of the next segment, on their way while the last blocks of this one are checked: a drive that waits at every segment loses a fifth."""
 RETRY_BYTES = 64 << 10
 """A window that cannot be read is read again in pieces of this size, so that only the bad ones are lost."""
 
@@ -87,6 +89,11 @@ class ByteStream:
         self._window: Window | None = None
         self.position = start
 
+    def prefetch(self, windows: int) -> None:
+        """Ask for the first windows before anybody wants them, as far as there is memory."""
+        while len(self._reading) < windows and self._next_read < self._stop and self._start_read(wait=False):
+            continue
+
     def take(self, length: int) -> Piece:
         """The next ``length`` bytes; fewer only at the end of the file."""
         window = self._current()
@@ -98,6 +105,11 @@ class ByteStream:
             window.hold()
             return Piece(window.data[start : start + length], not window.is_bad(self.position - length, self.position), window)
         return self._take_across(length)
+
+    def whole_bytes(self) -> int:
+        """How much ``take`` can hand out as one view, all of it readable; 0 where that is not known."""
+        window = self._current()
+        return 0 if window is None or window.bad else window.stop - self.position
 
     def skip(self, length: int) -> None:
         """Go on behind the next ``length`` bytes."""
