@@ -94,7 +94,7 @@ class RocksTuning:
         table = BlockBasedOptions()
         table.set_bloom_filter(10, False)
         table.set_block_cache(Cache.new_hyper_clock_cache(self.block_cache_bytes, 0))
-        table.set_block_size(8 << 10)
+        table.set_block_size(4 << 10)  # a lookup of a random key reads one: 8 KiB cost a quarter more
         table.set_block_restart_interval(8)
         table.set_data_block_index_type(DataBlockIndexType.binary_and_hash())
         table.set_data_block_hash_ratio(0.75)
