@@ -49,6 +49,7 @@ class SegmentFile:
     table: SealTable | None
     """The table of contents of a sealed segment; loaded only where recovery needs it."""
     sealed: bool
+    """Whether it was, its seal may be damaged since."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,12 +104,14 @@ def _look_at(device: Device, path: str, segment_id: int, store_uuid: bytes) -> S
             logger.info("%s", error)
         if header is not None and (header.store_uuid, header.segment_id) != (store_uuid, segment_id):
             header = None
-        return SegmentFile(segment_id, size_bytes, header, None, _is_sealed(file, size_bytes, segment_id, store_uuid))
+        # a file is cut only when its seal is durable: one that was cut and has no seal is damaged, and nothing of it is a torn tail
+        cut = header is not None and size_bytes < header.segment_bytes
+        return SegmentFile(segment_id, size_bytes, header, None, cut or _has_trailer(file, size_bytes, segment_id, store_uuid))
     finally:
         file.close()
 
 
-def _is_sealed(file: DeviceFile, size_bytes: int, segment_id: int, store_uuid: bytes) -> bool:
+def _has_trailer(file: DeviceFile, size_bytes: int, segment_id: int, store_uuid: bytes) -> bool:
     if size_bytes < 2 * PAGE_BYTES or size_bytes % PAGE_BYTES:
         return False
     page = aligned_array(PAGE_BYTES)
@@ -308,7 +311,7 @@ class _TailScan:
             written_at_ns=self._clock.now_ns(),
         )
         _write(file, scan.data_end, packed)
-        file.sync()  # a file is cut to its seal only when the seal is durable: so one that was cut and has none is damaged, not torn
+        file.sync()  # a file is cut to its seal only when the seal is durable: ``_look_at`` relies on it
         file.truncate(scan.data_end + len(packed))
         file.sync()
         return scan.data_end + len(packed)
