@@ -140,6 +140,7 @@ class Core:
             self.namespaces,
             store_uuid=self.superblock.store_uuid,
             pins=self.pins,
+            copy_bytes_max=self.config.batch_bytes,
         )
         self.keeper = Keeper(
             self.config,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -24,14 +23,13 @@ from .index_entry import IndexEntry
 from .namespaces import NamespaceTable
 from .pins import PinTable
 from .policy import Candidate, ReinsertionPolicy
-from .reinsertion import CopyForward, Reinsertion, file_reader, load_record
+from .reinsertion import CopyForward, Reinsertion, WriterRoom, file_reader, load_record
 from .segments import Segment, SegmentTable
 from .stats import Counters
 
 logger = logging.getLogger("kvlode")
 
 COMMIT_WAIT_S = 30.0
-COPY_POLL_S = 0.05
 
 Place: TypeAlias = tuple[bytes, int, int]
 """A block and where its record lies: ident, segment id, offset."""
@@ -54,6 +52,7 @@ class Evictor:
         *,
         store_uuid: bytes,
         pins: PinTable,
+        copy_bytes_max: int,
     ) -> None:
         self._clock = clock
         self._segments = segments
@@ -66,12 +65,10 @@ class Evictor:
         self._namespaces = namespaces
         self._store_uuid = store_uuid
         self._pins = pins
+        self._copy_bytes_max = copy_bytes_max
 
-    def empty(self, victim: Segment, out_of_room: Callable[[], bool]) -> int:
-        """No index entry points into the segment afterwards; returns how many blocks were given up.
-
-        ``out_of_room`` is asked while copies wait for the writer; True calls off those that are not placed yet.
-        """
+    def empty(self, victim: Segment, room: WriterRoom) -> int:
+        """No index entry points into the segment afterwards; returns how many blocks were given up."""
         table = self._table(victim)
         if table is None:
             return self._drop(self._places_by_scan(victim.segment_id))[0]
@@ -81,7 +78,7 @@ class Evictor:
         dropped = 0
         while places:  # again for the blocks that were pinned meanwhile
             pinned = {ident for ident, _, _ in places.values() if ident in self._pins}
-            self._carry_forward(victim, table, places, pinned, out_of_room)
+            self._carry_forward(victim, table, places, pinned, room)
             count, kept = self._drop(list(places.values()), considered=pinned)
             dropped += count
             places = {row: place for row, place in places.items() if place in kept}
@@ -121,16 +118,14 @@ class Evictor:
         entries = ((ident, IndexEntry.unpack(value)) for ident, value in self._catalog.index.scan() if ident[:16] != bytes(16))
         return [(ident, segment_id, entry.offset) for ident, entry in entries if entry.segment_id == segment_id]
 
-    def _carry_forward(
-        self, victim: Segment, table: SealTable, places: dict[int, Place], pinned: set[bytes], out_of_room: Callable[[], bool]
-    ) -> None:
+    def _carry_forward(self, victim: Segment, table: SealTable, places: dict[int, Place], pinned: set[bytes], room: WriterRoom) -> None:
         """Reinsert what the policy keeps of the blocks at these rows."""
         live = self._live(list(places.values()))
         candidates = [self._candidate(table, row, place[0], place[0] in pinned) for row, place in places.items() if place[0] in live]
         chosen = self._policy.choose(candidates, victim.size_bytes)
         chosen = [candidate for candidate in chosen if self._namespaces.get(candidate.ident[:16]) is not None]
         if chosen:
-            self._reinsert(victim, table, chosen, out_of_room)
+            self._reinsert(victim, table, chosen, room)
 
     def _learn_namespaces(self, victim: Segment, table: SealTable) -> None:
         """Blocks of namespaces that this process never opened are carried forward too: the segment describes them itself."""
@@ -161,24 +156,22 @@ class Evictor:
         slot = self._heat.slot(ident[:16], key_digest(ident[16:]))
         return Candidate(row, ident, int(table.stored_length[row]), self._heat.count(slot), pinned)
 
-    def _reinsert(self, victim: Segment, table: SealTable, chosen: list[Candidate], out_of_room: Callable[[], bool]) -> None:
+    def _reinsert(self, victim: Segment, table: SealTable, chosen: list[Candidate], room: WriterRoom) -> None:
         """Copy blocks forward through the writer and wait until they are indexed at their new place.
 
         A writer that waits for a segment meanwhile gets one made of the reserve, and places these copies first. When even that
-        is used up, what is not placed yet is called off: the writer waits for this segment's room.
+        is used up, what is not placed yet is called off: the writer waits for this segment's room. As long as it does not, no more
+        than ``copy_bytes_max`` (and one copy) are in memory at once.
         """
-        group = CopyForward()
+        group = CopyForward(room)
         with self._segments.reading(victim.segment_id) as file:
             if file is None:
                 return
             for candidate in chosen:
+                group.wait_for_turn(self._copy_bytes_max, COMMIT_WAIT_S)
                 self._copy_forward(group, victim, file, int(table.page[candidate.position]) * PAGE_BYTES)
-        deadline_s = time.monotonic() + COMMIT_WAIT_S
-        while not group.wait(COPY_POLL_S):
-            if out_of_room() or time.monotonic() >= deadline_s:
-                group.called_off = True
-                self._counters.add("reinsertions_called_off")
-                break
+        if not group.finish(COMMIT_WAIT_S):
+            self._counters.add("reinsertions_called_off")
 
     def _copy_forward(self, group: CopyForward, victim: Segment, file: DeviceFile, offset: int) -> None:
         try:
@@ -190,9 +183,8 @@ class Evictor:
         entry = Entry(Kind.REINSERT, self._namespaces.get(header.namespace), header.key)
         entry.version_seq = header.version_seq
         entry.size_bytes = payload.size
-        entry.on_settled = group.settled
+        entry.on_settled = group.add(payload.size)
         entry.reinsertion = Reinsertion(header, payload, self._wanted(group, entry.ident, victim.segment_id, offset))
-        group.add()
         self._heat.halve(self._heat.slot(header.namespace, key_digest(header.key)))
         self._buffer.enqueue_reinsertion(entry)
 

@@ -22,6 +22,7 @@ from .commit import CommitThread
 from .config import Clock, StoreConfig
 from .eviction import COMMIT_WAIT_S, Evictor
 from .health import Health
+from .reinsertion import WriterRoom
 from .segment_writer import OpenSegment
 from .segments import Segment, SegmentTable
 from .stats import Counters
@@ -75,11 +76,13 @@ class Keeper:
         self._index_marked = False
         self._changed = Monitor()
         self._lock = self._changed.lock
+        self._writer_room = WriterRoom(self._changed, self._writer_starves, self._out_of_room)
         self._spare_bytes = 0
         self._block_bytes_max = 0
         self._bytes_wanted = 0
         self._writer_waits = False
         self._no_space = False
+        self._free_bytes_before = -1
         self.starved = False
         self._poked = False
         self._stopping = False
@@ -205,10 +208,20 @@ class Keeper:
             return True
         if self._room_bytes() >= needed_bytes and self._make_spare(needed_bytes):
             return True
-        if self._writer_waits and self._room_bytes() >= needed_bytes and not self._leaving() and self._free_oldest():
+        full = self._writer_waits and self._room_bytes() >= needed_bytes and not self._leaving()
+        if full and self._freeing_helps() and self._free_oldest():
             return True  # the file system is full although the capacity is not used up: blocks that are being put are worth a segment
         self._give_up()
         return False
+
+    def _freeing_helps(self) -> bool:
+        """Whether the last segment that was freed for a full file system gave it room. Where others take it, the whole cache
+        would go in vain, a segment at a time."""
+        free_bytes = self._segments.device.free_bytes(self._segments.folder)
+        helps = free_bytes > self._free_bytes_before
+        if helps:
+            self._free_bytes_before = free_bytes
+        return helps
 
     def _needed_bytes(self) -> int:
         """Size of the next segment."""
@@ -261,6 +274,7 @@ class Keeper:
             return False
         with self._lock:
             self._spare_bytes = size_bytes
+            self._free_bytes_before = -1
             self.starved = False
             self._changed.notify_all()
         return True
@@ -288,16 +302,20 @@ class Keeper:
         if not sealed:
             return False
         victim = sealed[0]
-        dropped = self._evictor.empty(victim, self._out_of_room)
+        dropped = self._evictor.empty(victim, self._writer_room)
         self._segments.retire(victim.segment_id, self._clock.monotonic_s())
         self._counters.add_many({"evicted_blocks": dropped, "segments_retired": 1})
         logger.info("freed segment %s: %d blocks evicted", segment_name(victim.segment_id), dropped)
         return True
 
+    def _writer_starves(self) -> bool:
+        """Whether the writer waits for a segment and there is none."""
+        return self._writer_waits and not self._spare_bytes
+
     def _out_of_room(self) -> bool:
         """Asked while copies wait for the writer. A writer that waits for a segment itself gets one made of the reserve."""
         if self._health.failure is not None:
             return True
-        if not self._writer_waits or self._spare_bytes:
+        if not self._writer_starves():
             return False
         return self._room_bytes() < self._needed_bytes() or not self._make_spare(self._needed_bytes())

@@ -29,27 +29,56 @@ class Reinsertion:
     still_wanted: Callable[[], bool]
 
 
+@dataclass(frozen=True, slots=True)
+class WriterRoom:
+    """The room that a writer needs while copies wait for it; ``changed`` tells when it comes to need some."""
+
+    changed: Monitor
+    wanted: Callable[[], bool]
+    """Whether the writer waits for a segment; called with the lock of ``changed`` held."""
+    refused: Callable[[], bool]
+    """Asked when it does: gives it a segment of the reserve. True when there is none left, or nothing is written any more."""
+
+
 class CopyForward:
     """The reinsertions of one segment that is being freed: counts them down, and can call off those not yet placed."""
 
-    def __init__(self) -> None:
-        self._changed = Monitor()
-        self._lock = self._changed.lock
+    def __init__(self, room: WriterRoom) -> None:
+        self._room = room
         self._pending = 0
+        self.pending_bytes = 0
         self.called_off = False
 
-    def add(self) -> None:
-        with self._lock:
+    def add(self, size_bytes: int) -> Callable[[PutStatus], None]:
+        """One more of this size; returns what to call when it is settled."""
+        with self._room.changed.lock:
             self._pending += 1
+            self.pending_bytes += size_bytes
+        return lambda _: self._settled(size_bytes)
 
-    def settled(self, _: PutStatus) -> None:
-        with self._lock:
+    def _settled(self, size_bytes: int) -> None:
+        with self._room.changed.lock:
             self._pending -= 1
-            self._changed.notify_all()
+            self.pending_bytes -= size_bytes
+            self._room.changed.notify_all()
 
-    def wait(self, timeout_s: float) -> bool:
-        """True when all are settled; False when the time passed first."""
-        return self._changed.wait_for(lambda: self._pending == 0, timeout_s)
+    def wait_for_turn(self, bytes_max: int, timeout_s: float) -> None:
+        """Wait until no more than ``bytes_max`` are pending.
+
+        Not while the writer waits for a segment: then all copies have to be there, since they go first into the one that it gets.
+        """
+        self._room.changed.wait_for(lambda: self.pending_bytes <= bytes_max or self._room.wanted(), timeout_s)
+
+    def finish(self, timeout_s: float) -> bool:
+        """Wait until all are settled. False when there was no room for them, or the time passed: the rest is called off."""
+        room = self._room
+        while True:
+            in_time = room.changed.wait_for(lambda: self._pending == 0 or room.wanted(), timeout_s)
+            if self._pending == 0:
+                return True
+            if not in_time or room.refused():
+                self.called_off = True
+                return False
 
 
 def file_reader(file: DeviceFile) -> Callable[[int, int], memoryview]:

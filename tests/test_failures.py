@@ -101,6 +101,22 @@ def test_a_drive_that_others_fill_costs_no_block_while_nothing_is_put(rig: Rig) 
     assert rig.counter("segments_freed") == before
 
 
+def test_a_drive_whose_room_others_take_costs_one_segment_and_not_the_whole_cache(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_blocks(space_of(rig), 0, 60, SIZE)
+    assert rig.store.flush(WAIT_S)
+    before = rig.counter("segments_retired")
+    monkeypatch.setattr(rig.device, "free_bytes", lambda path: 0)
+    inject(rig, "preallocate", errno=errno.ENOSPC, times=None, where=spare)
+    refused = 0
+    for number in range(60, MANY):
+        refused += not space_of(rig).put(b"filler %d" % number, block_bytes(b"filler %d" % number, 4 * number, SIZE))
+        refused += not rig.store.flush(WAIT_S)
+        if refused == 10:
+            break
+    assert refused == 10
+    assert rig.counter("segments_retired") - before <= 2
+
+
 def test_a_full_drive_with_nothing_to_free_refuses_puts_until_there_is_room(rig: Rig) -> None:
     assert eventually(lambda: rig.store._core.keeper._spare_bytes > 0)
     full = inject(rig, "preallocate", errno=errno.ENOSPC, times=None, where=spare)

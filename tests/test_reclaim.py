@@ -10,8 +10,10 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from kvlode import BlockSpace, DeviceError, PutState, Status
+from kvlode import BlockSpace, DeviceError, PutState, PutStatus, Status
+from kvlode.engine.reinsertion import CopyForward, WriterRoom
 from kvlode.engine.testing import ManualClock
+from kvlode.gds.monitor import Monitor
 from kvlode.gds.testing import LateDevice
 from kvlode.gds.wrapping import WrappingDevice
 from model import block_bytes, descriptor
@@ -206,6 +208,32 @@ def test_a_pin_that_comes_while_its_segment_is_being_freed_still_holds(scene: Sc
         assert scene.rig.store.flush(30.0)
         scene.assert_holds(b"cold", 2)
     scene.rig.assert_within_capacity()
+
+
+def test_copies_are_not_all_in_memory_at_once() -> None:
+    scene = Scene(late, capacity=16 * MIB, segment_bytes=MIB, batch_bytes=128 * KIB)
+    scene.fill(40)
+    assert scene.rig.store.flush(30.0)
+    core = scene.rig.store._core
+    victim = core.segments.all()[0]
+    assert victim.sealed
+    peak_bytes = 0
+
+    class Counted(CopyForward):
+        def add(self, size_bytes: int) -> Callable[[PutStatus], None]:
+            nonlocal peak_bytes
+            settled = super().add(size_bytes)
+            peak_bytes = max(peak_bytes, self.pending_bytes)
+            return settled
+
+    names = [b"filler %d" % number for number in range(40)]
+    with pytest.MonkeyPatch.context() as patch, scene.filler.pin(names):
+        patch.setattr("kvlode.engine.eviction.CopyForward", Counted)
+        room = WriterRoom(Monitor(), wanted=lambda: False, refused=lambda: False)
+        assert core.keeper._evictor.empty(victim, room) == 0
+    assert scene.rig.counter("reinserted_bytes") > 512 * KIB
+    assert peak_bytes <= 192 * KIB
+    scene.rig.close()
 
 
 def test_pinned_blocks_survive_any_number_of_rounds_through_the_store(scene: Scene) -> None:
