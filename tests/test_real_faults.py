@@ -390,7 +390,8 @@ def kill_among_threads(tmp_path: Path, options: dict[str, Any], rounds: int, see
         lines = lines_of(journal)
         assert len(lines) > before
         with kvlode.open(folder, **options) as store:
-            assert check_promises(store, lines, lossy_before=len(lines) if options is SMALL else 0)
+            hits = check_promises(store, lines, lossy_before=len(lines) if options is SMALL else 0)
+            assert hits or not any(line["kept"] for line in lines)  # a slow machine may flush before anything is put
 
 
 @pytest.mark.parametrize("options", [ROOMY, SMALL], ids=["roomy", "small"])
