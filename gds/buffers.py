@@ -1,12 +1,13 @@
 """Page-aligned memory: arrays for direct I/O, and a bounded pool of them.
 
-Memory comes from anonymous ``mmap``, so it starts on a page (what O_DIRECT and GDS want) and costs nothing until it
-is touched. It is never unmapped under a view: an array's memory goes when its last view goes, whatever is closed before.
+Memory comes from anonymous ``mmap`` (a few pages from the heap), starts on a page (what O_DIRECT and GDS want), and costs
+nothing until it is touched. It is never unmapped under a view: an array's memory goes when its last view goes, whatever is closed before.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import mmap
 import threading
 from typing import TypeAlias
@@ -21,6 +22,8 @@ ByteArray: TypeAlias = np.ndarray[tuple[int], np.dtype[np.uint8]]
 
 PAGE_BYTES = mmap.PAGESIZE
 _HUGE_PAGE_BYTES = 2 << 20
+_FROM_HEAP_BYTES_MAX = 64 << 10
+"""Less is cut out of the heap: a mapping of its own costs several calls of the kernel, and every core is told when it goes."""
 
 
 def aligned_array(size_bytes: int) -> ByteArray:
@@ -31,16 +34,20 @@ def aligned_array(size_bytes: int) -> ByteArray:
     """
     if size_bytes < 1:
         raise ValueError(f"an array of {size_bytes} bytes cannot be made")
-    try:
-        memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if size_bytes <= _FROM_HEAP_BYTES_MAX:
+        area = bytearray(size_bytes + PAGE_BYTES)
+        start = -address_of(np.frombuffer(area, dtype=np.uint8)) % PAGE_BYTES
+        return np.frombuffer(area, dtype=np.uint8, count=size_bytes, offset=start)
+    large = size_bytes >= _HUGE_PAGE_BYTES
+    try:  # whole huge pages: the kernel starts other mappings anywhere, and then most of them is small pages
+        mapped_bytes = _round_up(size_bytes, _HUGE_PAGE_BYTES) if large else size_bytes
+        memory = mmap.mmap(-1, mapped_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"no memory for an array of {size_bytes} bytes: {error}") from error
-    if size_bytes >= _HUGE_PAGE_BYTES:
-        try:
+    if large:
+        with contextlib.suppress(OSError, AttributeError):  # kernels without huge pages: the array works the same, slower at first touch
             memory.madvise(mmap.MADV_HUGEPAGE)
-        except (OSError, AttributeError):
-            return np.frombuffer(memory, dtype=np.uint8)  # kernels without huge pages: the array works the same, slower at first touch
-    return np.frombuffer(memory, dtype=np.uint8)
+    return np.frombuffer(memory, dtype=np.uint8, count=size_bytes)
 
 
 def address_of(array: ByteArray) -> int:

@@ -17,11 +17,11 @@ from ...format.errors import CorruptRecord, DeviceError, FormatError
 from ...format.layout import PAGE_BYTES, RecordType
 from ...format.record import RecordHeader
 from ...format.walk import check_payload, parse_placed
-from .check_records import SegmentRecords
 from .findings import Finding
 from .index_view import IndexState, IndexView, Row
 from .kills import Kills
 from .options import Progress, Stop
+from .segment_records import SegmentRecords
 from .source import SegmentReader
 
 INDEX_PATH = "index"

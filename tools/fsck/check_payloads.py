@@ -1,16 +1,10 @@
-"""Pass "payloads": every stripe of a block against its checksum, decoded, and the decoded bytes against those that were put.
-
-The thread that reads hands over stripes in order; threads of a pool check them. The stripes of one block are checked one after the
-other, because its raw checksum is taken over all of them in order; different blocks are checked at the same time.
-"""
+"""Payloads: every stripe of a block against its checksum, decoded, and the decoded bytes against those that were put."""
 
 from __future__ import annotations
 
-import collections
 import itertools
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,15 +16,12 @@ from ...format.errors import CorruptRecord, UnsupportedFormat
 from ...format.layout import PAGE_BYTES, Codec
 from ...format.namespace import Namespace, namespace_digest
 from ...format.record import RecordHeader
-from ...format.stripe import StripeEntry, stripe_raw_bytes
+from ...format.stripe import StripeEntry, stripe_offsets, stripe_raw_bytes
 from ...gds.buffers import ByteArray
-from ...gds.threads import WorkerPool
 from .findings import Finding
 from .source import SegmentRef
-from .stream import Piece
+from .stream import ByteStream, Piece
 
-RUN_BYTES = 2 << 20
-"""Stripes are handed to the pool in runs of about this size: handing over costs more than hashing a page."""
 SCRATCH_KEPT_BYTES_MAX = 8 << 20
 
 
@@ -52,76 +43,40 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-@dataclass(slots=True)
-class StripeRun:
-    """Neighbouring stripes of a block as they were read, each with the padding behind it."""
-
-    first: int
-    """Index of the first of them."""
-    offsets: Sequence[int]
-    """Where each starts in the payload, and where the last one ends."""
-    piece: Piece
-
-
 class BlockCheck:
-    """The payload of one block, fed in order. ``done`` is called once, on a thread of the pool, with what was found."""
+    """The payload of one block. For one thread."""
 
-    def __init__(self, header: RecordHeader, ref: SegmentRef, pool: WorkerPool, done: Callable[[BlockCheck], None]) -> None:
+    def __init__(self, header: RecordHeader, ref: SegmentRef) -> None:
         self.header = header
         self.findings: list[Finding] = []
         self.readable = True
-        self.failure: Exception | None = None
-        """What kept the check itself from going on; whoever collects it raises it."""
         self.zeros = False
         """A page of zeros lies in a stripe that fails: a hole, where the block is a deleted one."""
         self._ref = ref
-        self._pool = pool
-        self._done = done
         self._entries: list[StripeEntry] = header.stripes.tolist()
         self._raw: Any = xxhash.xxh3_64()
         self._padding = 0
-        self._checked = 0
-        self._lock = threading.Lock()
-        self._waiting: collections.deque[StripeRun] = collections.deque()
-        self._running = False
 
-    def feed(self, run: StripeRun) -> None:
-        """The next stripes, in order; their piece is dropped when they were checked."""
-        with self._lock:
-            self._waiting.append(run)
-            if self._running:
-                return
-            self._running = True
-        self._pool.run(self._drain)
+    def run(self, stream: ByteStream) -> None:
+        """Check what the stream has next: the stripes, each with the padding behind it."""
+        offsets = [*stripe_offsets(self.header.stripes).tolist(), self.header.record_bytes - PAGE_BYTES]
+        first, count = 0, len(self._entries)
+        while first < count:
+            room = stream.whole_bytes()
+            last = first + 1
+            while last < count and offsets[last + 1] - offsets[first] <= room:
+                last += 1
+            self._check(first, offsets[first : last + 1], stream.take(offsets[last] - offsets[first]))
+            first = last
+        self._finish()
 
-    def _drain(self) -> None:
-        try:
-            self._check_waiting()
-        except Exception as error:
-            self.failure = error
-            self._done(self)
-
-    def _check_waiting(self) -> None:
-        while True:
-            with self._lock:
-                if not self._waiting:
-                    self._running = False
-                    return
-                run = self._waiting.popleft()
-            try:
-                self._check(run)
-            finally:
-                run.piece.drop()
-            if self._checked == len(self._entries):
-                self._finish()
-
-    def _check(self, run: StripeRun) -> None:
-        self._checked += len(run.offsets) - 1
-        if not run.piece.readable:
+    def _check(self, first: int, offsets: Sequence[int], piece: Piece) -> None:
+        """Neighbouring stripes: where each starts in the payload, and where the last one ends."""
+        if not piece.readable:
             self.readable = False
             return
-        for position, (start, stop) in enumerate(itertools.pairwise(run.offsets)):
-            self._check_stripe(run.first + position, start, run.piece.data[start - run.offsets[0] : stop - run.offsets[0]])
+        for position, (start, stop) in enumerate(itertools.pairwise(offsets)):
+            self._check_stripe(first + position, start, piece.data[start - offsets[0] : stop - offsets[0]])
 
     def _check_stripe(self, index: int, offset: int, data: ByteArray) -> None:
         entry = self._entries[index]
@@ -146,7 +101,6 @@ class BlockCheck:
             self._add("PAY-RAW", error=str(error))
         if self._padding:
             self._add("PAY-PAD", count=self._padding)
-        self._done(self)
 
     def _add(self, problem_id: str, **facts: Any) -> None:
         header = self.header

@@ -18,11 +18,11 @@ from .check_index import (
     report_orphans,
     superseded,
 )
-from .check_records import SegmentRecords
 from .findings import Finding, Report
 from .index_view import IndexSource, IndexState, IndexUnreadable, IndexView, Row
 from .kills import Kills
 from .options import Level, Progress, Stop
+from .segment_records import SegmentRecords
 from .source import SegmentReader, SegmentRef, opened
 
 OPEN_FILES_MAX = 32

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ...format.errors import DeviceError, PathUnavailable, StoreLocked
 from ...format.layout import LOCK_NAME, PAGE_BYTES, parse_segment_name
 from ...gds.device import Device
-from .check_records import SegmentReading, SegmentRecords
+from .check_runs import SegmentReading
 from .check_segments import SegmentLook, Surroundings
 from .check_space import account, check_names, check_quarantine
 from .check_superblock import FirstPage, check_superblock, majority_uuid, read_first_pages
@@ -21,6 +21,7 @@ from .index_passes import IndexPasses
 from .index_view import IndexSource
 from .options import CheckOptions, Level, Progress, Silence, Stop, Stopped
 from .segment_passes import SegmentPasses, Workers
+from .segment_records import SegmentRecords
 from .source import SegmentReader, SegmentRef, list_segments, opened, require_store
 
 

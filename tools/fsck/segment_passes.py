@@ -5,19 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 
-from ...gds.buffers import SlotPool
 from ...gds.threads import WorkerPool
-from .check_records import RecordPass, SegmentReading, SegmentRecords, undescribed_namespaces
+from .check_records import RecordPass
+from .check_runs import SegmentReading
 from .check_segments import Looked, SegmentLook, Surroundings, load_table, look_at
 from .check_superblock import FirstPage
 from .findings import Report
 from .kills import Kills
 from .options import Progress, Stop
+from .segment_records import SegmentRecords, undescribed_namespaces
 from .source import SegmentReader
-from .stream import WINDOW_BYTES, WINDOWS
+from .stream import Windows
 
-CHECK_THREADS_MIN = 4
-"""More than there are cores on a small machine: a thread that waits for the interpreter leaves its core to another."""
+CHECK_THREADS_MIN = 12
+"""More than there are cores on a small machine: most of them wait for the drive."""
 POOL_CLOSE_S = 30.0
 
 
@@ -25,21 +26,21 @@ class Workers:
     """The memory that payloads are read into and the threads that check them; made when they are first used. ``close`` them."""
 
     def __init__(self) -> None:
-        self._made: tuple[SlotPool, WorkerPool] | None = None
+        self._made: tuple[Windows, WorkerPool] | None = None
 
-    def get(self) -> tuple[SlotPool, WorkerPool]:
+    def get(self) -> tuple[Windows, WorkerPool]:
         """Both, for one segment at a time."""
         if self._made is None:
             threads = max(CHECK_THREADS_MIN, os.cpu_count() or 1)
-            self._made = (SlotPool(WINDOW_BYTES, WINDOWS * WINDOW_BYTES), WorkerPool("kvlode-fsck", threads))
+            self._made = (Windows(threads), WorkerPool("kvlode-fsck", threads))
         return self._made
 
     def close(self) -> None:
         """Bounded by ``POOL_CLOSE_S``."""
         if self._made is not None:
-            slots, pool = self._made
+            windows, pool = self._made
             pool.shutdown(POOL_CLOSE_S)
-            slots.close()
+            windows.close()
 
 
 class SegmentPasses:
@@ -48,6 +49,7 @@ class SegmentPasses:
     def __init__(self, report: Report, progress: Progress, stop: Stop, workers: Workers, kills: Kills | None = None) -> None:
         self.records = RecordPass(report.coverage, report.add, report.errors.append, progress, stop, kills)
         self._report = report
+        self._stop = stop
         self._workers = workers
 
     def look(self, reader: SegmentReader, first: FirstPage, around: Surroundings) -> Looked:
@@ -84,11 +86,9 @@ class SegmentPasses:
             self.finish(reading)
 
     def prepare(self, reader: SegmentReader, records: SegmentRecords) -> SegmentReading:
-        """Begin to read what ``finish`` checks. Close it in any case."""
-        slots, _ = self._workers.get()
-        return self.records.prepare(reader, records, slots)
+        """Begin to read and check what ``finish`` judges. Close it in any case."""
+        return SegmentReading(reader, records, *self._workers.get(), self._stop)
 
     def finish(self, reading: SegmentReading) -> None:
-        """Check what ``prepare`` has begun to read."""
-        _, pool = self._workers.get()
-        self.records.read(reading, pool)
+        """Take in what ``prepare`` has begun."""
+        self.records.read(reading)

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from ...format.errors import CorruptRecord, FormatError
 from ...format.seal import SealTable
 from ...gds.device import Device
-from ..fsck.check_records import SegmentRecords
 from ..fsck.check_segments import SegmentLook, load_table
 from ..fsck.findings import Finding
 from ..fsck.kills import Kills
+from ..fsck.segment_records import SegmentRecords
 from ..fsck.source import SegmentReader, list_segments, opened
 
 
