@@ -58,7 +58,7 @@ def test_filter_and_cache_are_in_force_after_a_reopen_and_in_a_follower(tmp_path
         assert tuning["filter_policy"] == "bloomfilter", who
         assert tuning["block_cache_name"] == "AutoHyperClockCache", who
         assert int(tuning["capacity"]) == cache_bytes, who
-        assert (tuning["data_block_index_type"], tuning["block_size"]) == ("1", "8192"), who
+        assert (tuning["data_block_index_type"], tuning["block_size"]) == ("1", "4096"), who
 
 
 def test_its_logs_stay_bounded_over_many_opens(tmp_path: Path) -> None:
