@@ -13,6 +13,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from ..format.errors import KvlodeError
 from .index import Index, IndexDamaged, IndexWriteError
 from .index_entry import IndexEntry, expires_and_version
 from .stats import Counters
@@ -106,8 +107,10 @@ class Catalog:
 
     def load_floors(self) -> None:
         """Put drops in force that an earlier process did not finish working off. Raises ``IndexDamaged``."""
-        found = self.index.scan(_FLOOR_PREFIX)
-        self._floors = {key[len(_FLOOR_PREFIX) :]: _unpacked(_FLOOR, value, "drop floor")[0] for key, value in found}
+        found: dict[bytes, bytes | None] = dict(self.index.scan(_FLOOR_PREFIX))
+        found |= {key: value for key, value in self._delta.items() if key.startswith(_FLOOR_PREFIX)}  # what the index has refused so far
+        drops = {key[len(_FLOOR_PREFIX) :]: value for key, value in found.items() if value is not None}
+        self._floors = {namespace: _unpacked(_FLOOR, value, "drop floor")[0] for namespace, value in drops.items()}
 
     @property
     def floors(self) -> dict[bytes, int]:
@@ -144,8 +147,12 @@ class Catalog:
                 self._sync_failed = False
                 self._counters.add("index_reopenings")
             self._apply(self._delta)
-        except (IndexWriteError, OSError):
+        except (
+            KvlodeError,
+            OSError,
+        ) as error:  # damage too: the log has everything for the index that the next opening derives
             self._counters.add("index_write_errors")
+            logger.warning("the index takes no changes: %s", error)
             return False
         self._delta = {}
         return True

@@ -91,15 +91,15 @@ class CommitThread:
 
     def _run(self) -> None:
         while True:
-            item = self._next()
-            if item is None:
-                self._ended = True
-                self._refuse_rest()
-                return
             try:
+                item = self._next()
+                if item is None:
+                    break
                 self._handle(item)
-            except Exception as error:
+            except Exception as error:  # without this thread everybody would wait for ever
                 self._health.latch(error)
+        self._ended = True
+        self._refuse_rest()
 
     def _next(self) -> LogBatch | SealWrite | list[Dropped] | Callable[[], None] | None:
         held_back, self._held_back = self._held_back, None

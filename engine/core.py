@@ -1,7 +1,7 @@
 """One open store: all parts wired together, started, and stopped in the right order.
 
 Threads (all of them own daemons, ended by ``close``): writer, commit, keeper, lookup, heat, plus the pools for encoding,
-decoding, jobs, and the device's I/O. Lock order: keeper, then segments or buffer; nothing is called back under a lock.
+reading, decoding, jobs, and the device's I/O. Lock order: keeper, then segments or buffer; nothing is called back under a lock.
 """
 
 from __future__ import annotations

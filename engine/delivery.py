@@ -1,5 +1,6 @@
-"""What is done with a record once it was read: check and decode its stripes straight into the destination, in groups that may run
-in parallel. Runs on the decode pool; the work per byte is done outside the interpreter lock, the work per stripe is kept small.
+"""What is done with a record once it was read: check and decode its stripes straight into the destination, in groups that may
+run in parallel. Runs on the threads that read, with help of the decode pool; the work per byte is done outside the interpreter lock, the
+work per stripe is kept small.
 """
 
 from __future__ import annotations
@@ -83,9 +84,8 @@ class Delivery:
         """Check and decode these stripes; the last group also concludes the delivery."""
         error: FormatError | None = None
         try:
-            with self._job.delivering() as allowed:
-                if allowed and self._error is None:
-                    self._deliver(group)
+            if self._error is None:
+                self._deliver(group)
         except FormatError as damage:
             error = damage
         except Exception as defect:  # never leave a job without an answer
@@ -102,13 +102,18 @@ class Delivery:
 
     def _deliver(self, group: range) -> None:
         if self._request.direct:
-            self._complete_in_place()
-        if self._request.direct and self._request.out.is_device:
-            self._verified = False  # no device-side checksum yet
+            with self._job.delivering() as allowed:
+                if allowed:
+                    self._complete_in_place()
+                    self._check_in_place(group)
         elif self._whole:
-            self._deliver_whole()
+            self._copy_whole()
         else:
-            self._deliver_stripes(group)
+            for index in group:
+                with self._job.delivering() as allowed:  # a stripe at a time: a deadline waits for this
+                    if not allowed:
+                        return
+                    self._decode(index)
 
     def _complete_in_place(self) -> None:
         """The tail of a destination behind its last whole page still lies in the bounce memory. Every group may do this."""
@@ -120,33 +125,40 @@ class Delivery:
         tail = payload[: out.nbytes - whole]
         BlockView((out.spans[0][whole:],), tail.size, out.is_device).copy_from_host([tail], self._stream)
 
-    def _deliver_whole(self) -> None:
-        """A raw block that one thread delivers: its own checksum covers all of it, and is one call instead of one for each stripe."""
-        header, request = self._header, self._request
-        if request.direct:
-            actual = xxh3_64(request.out.spans[0])
+    def _check_in_place(self, group: range) -> None:
+        """A block that was read straight into the destination."""
+        header, out = self._header, self._request.out
+        if out.is_device:
+            self._verified = False  # no device-side checksum yet
+        elif self._whole:
+            self._compare("raw-checksum", xxh3_64(out.spans[0]), header.raw_checksum)
         else:
-            assert request.payload is not None
-            hasher = xxhash.xxh3_64()
-            for start in range(0, header.raw_length, PIECE_BYTES):
-                piece = request.payload[start : min(start + PIECE_BYTES, header.raw_length)]
-                hasher.update(piece.data)
+            for index in group:
+                start = index * header.stripe_bytes
+                stop = min(start + header.stripe_bytes, header.raw_length)
+                self._compare("stripe-checksum", xxh3_64(out.spans[0][start:stop]), self._stripes[index][5])
+
+    def _copy_whole(self) -> None:
+        """A raw block that one thread delivers: its own checksum covers all of it, in fewer steps than those of its stripes."""
+        header, payload = self._header, self._request.payload
+        assert payload is not None
+        hasher = xxhash.xxh3_64()
+        for start in range(0, header.raw_length, PIECE_BYTES):
+            piece = payload[start : min(start + PIECE_BYTES, header.raw_length)]
+            hasher.update(piece.data)
+            with self._job.delivering() as allowed:
+                if not allowed:
+                    return
                 copy_spans([piece], self._host.slice(start, start + piece.size))
-            actual = hasher.intdigest()
-        if actual != header.raw_checksum:
-            raise CorruptRecord("raw-checksum", where=self._where(), expected=f"{header.raw_checksum:016x}", actual=f"{actual:016x}")
+        self._compare("raw-checksum", hasher.intdigest(), header.raw_checksum)
 
-    def _deliver_stripes(self, group: range) -> None:
-        header = self._header
-        for index in group:
-            start = index * header.stripe_bytes
-            stop = min(start + header.stripe_bytes, header.raw_length)
-            if self._request.direct:
-                self._check_in_place(self._stripes[index], start, stop)
-            else:
-                self._decode(index, start, stop)
+    def _compare(self, check: str, actual: int, expected: int) -> None:
+        if actual != expected:
+            raise CorruptRecord(check, where=self._where(), expected=f"{expected:016x}", actual=f"{actual:016x}")
 
-    def _decode(self, index: int, start: int, stop: int) -> None:
+    def _decode(self, index: int) -> None:
+        start = index * self._header.stripe_bytes
+        stop = min(start + self._header.stripe_bytes, self._header.raw_length)
         stripe, offset = self._stripes[index], self._offsets[index]
         assert self._request.payload is not None
         stored = self._request.payload[offset : offset + stripe[0]]
@@ -160,12 +172,6 @@ class Delivery:
         for target in targets:
             target[:] = whole[position : position + target.size]
             position += target.size
-
-    def _check_in_place(self, stripe: StripeEntry, start: int, stop: int) -> None:
-        """A stripe that was read straight into the destination."""
-        actual, expected = xxh3_64(self._request.out.spans[0][start:stop]), stripe[5]
-        if actual != expected:
-            raise CorruptRecord("stripe-checksum", where=self._where(), expected=f"{expected:016x}", actual=f"{actual:016x}")
 
     def _conclude(self) -> None:
         try:
@@ -187,8 +193,7 @@ class Delivery:
             if not allowed:
                 return
             actual = xxh3_64(*self._host.slice(0, self._header.raw_length))
-        if actual != self._header.raw_checksum:
-            raise CorruptRecord("raw-checksum", where=self._where(), expected=f"{self._header.raw_checksum:016x}", actual=f"{actual:016x}")
+        self._compare("raw-checksum", actual, self._header.raw_checksum)
 
 
 def whole_pages(size_bytes: int) -> int:

@@ -91,7 +91,7 @@ class SharedHeat:
         """Bring memory and file together: the writer takes over the hits of others, a follower adds its own to what the writer says."""
         try:
             self._exchange()
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             self._counters.add("heat_file_errors")
             logger.info("hits were not exchanged: %s", error)
 
@@ -105,9 +105,10 @@ class SharedHeat:
             found = HeatTable(table.slot_count, before.copy())
             found.take_hits(table, self._known)
             table.replace(found)
-        self._known = table.counts()
+        now = table.area.copy()  # hits go on meanwhile: what is written must be what counts as known
+        self._known = HeatTable(table.slot_count, now).counts()
         for start in range(0, before.size, WRITE_BYTES):
-            part = table.area[start : start + WRITE_BYTES]
+            part = now[start : start + WRITE_BYTES]
             if not np.array_equal(part, before[start : start + WRITE_BYTES]):
                 os.pwrite(self._descriptor, part.data, PAGE_BYTES + start)
 

@@ -4,7 +4,7 @@ A job's blocks are sorted by place and neighbours merged into extents. Each thre
 it, and checks and decodes it itself: no work changes threads on the way, which costs more than it is worth where a thread
 gets to run only after another has let go of the interpreter. Fewer reads are in flight than there are threads: were all of them
 to wait for the drive together, they would then work on what came together, and the drive would wait. Jobs take turns extent
-by extent. Where a job has fewer blocks than there are cores, the decode pool helps with their stripes.
+by extent. Where a job has too few blocks to keep all cores busy, the decode pool helps with their stripes.
 
 A raw block with a page-aligned destination is read straight into it; everything else is materialised once, from bounce
 memory.

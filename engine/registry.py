@@ -31,6 +31,11 @@ class OpenStore:
         self._close_began = False
         self._closed_well: bool | None = None
 
+    @property
+    def closed(self) -> bool:
+        """Whether nothing of it is left."""
+        return self._closed_well is True
+
     def hold(self, handle: object) -> None:
         """One handle more; call under the registry's lock."""
         self._handles.add(handle)
@@ -112,6 +117,8 @@ class Registry:
         while True:
             with self.lock:
                 active = self.find(path)
+                if active is not None and active.closed:  # an interrupt kept it from taking itself out
+                    active = None
                 if active is None or not active.closing:
                     yield active
                     return

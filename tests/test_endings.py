@@ -15,6 +15,7 @@ from kvlode.engine.buffer import Buffer
 from kvlode.engine.entry import Entry, Kind
 from kvlode.engine.jobs import refused
 from kvlode.engine.namespaces import NamespaceTable
+from kvlode.engine.registry import registry
 from kvlode.engine.testing import ManualClock, open_on_device
 from kvlode.gds.buffers import aligned_array
 from kvlode.gds.memory import MemoryDevice
@@ -244,3 +245,13 @@ def test_a_batch_of_deletes_is_bounded_by_the_pages_that_they_take() -> None:
     for number in range(100):
         buffer.enqueue_tombstone(Entry(Kind.TOMBSTONE, namespace, b"%d" % number))
     assert len(buffer.take(16 * KIB)) <= 5
+
+
+def test_a_closed_store_that_an_interrupt_has_left_in_the_registry_is_not_waited_for(tmp_path: Path) -> None:
+    store = kvlode.open(tmp_path, capacity="256MiB", buffer="8MiB")
+    left = registry.find(str(tmp_path))
+    assert left is not None and store.close(WAIT_S)
+    with registry.lock:
+        registry.add(left)
+    with kvlode.open(tmp_path, capacity="256MiB", buffer="8MiB", lock_timeout_s=1.0) as again:
+        assert again.namespace(descriptor()).put(b"a", b"1")

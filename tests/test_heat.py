@@ -120,3 +120,25 @@ def test_the_hits_of_a_store_are_in_its_file_once_it_is_closed(tmp_path: Path) -
             space.touch([b"a"])
             table = store._core.heat
             assert table.count(store._core.slot(space.digest + b"a")) == expected
+
+
+def test_hits_that_come_during_an_exchange_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = open_heat(tmp_path / "heat", writer=True)
+    (slot,) = slots_of(writer.table, 1)
+    write = os.pwrite
+
+    def write_and_hit(descriptor: int, data: bytes, offset: int) -> int:
+        writer.table.credit([slot])
+        return write(descriptor, data, offset)
+
+    writer.table.link(slot, 0)
+    writer.table.credit([slot])
+    monkeypatch.setattr(os, "pwrite", write_and_hit)
+    writer.exchange()
+    monkeypatch.undo()
+    hits = writer.table.count(slot)
+    assert hits > 1
+    for _ in range(3):
+        writer.exchange()
+    assert writer.table.count(slot) == hits
+    writer.close()
