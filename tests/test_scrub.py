@@ -564,3 +564,15 @@ def test_scrub_reads_with_format_and_gds_alone() -> None:
         or (isinstance(node, ast.Import) and any(alias.name.split(".")[0] in ("rocksdict", "kvlode") for alias in node.names))
     ]
     assert not wrong
+
+
+def test_an_interrupt_wakes_all_readers_that_wait_for_the_rate() -> None:
+    stop = WaitingStop()
+    pace = Pace(1, ManualClock().monotonic_s, stop.pause)
+    readers = [threading.Thread(target=pace.take, args=(1 << 30,), daemon=True) for _ in range(5)]
+    for reader in readers:
+        reader.start()
+    stop.interrupt()
+    for reader in readers:
+        reader.join(10.0)
+    assert not any(reader.is_alive() for reader in readers)

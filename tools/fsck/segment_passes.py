@@ -29,7 +29,7 @@ class Workers:
         self._made: tuple[Windows, WorkerPool] | None = None
 
     def get(self) -> tuple[Windows, WorkerPool]:
-        """Both, for one segment at a time."""
+        """Both, for all segments that are under way."""
         if self._made is None:
             threads = max(CHECK_THREADS_MIN, os.cpu_count() or 1)
             self._made = (Windows(threads), WorkerPool("kvlode-fsck", threads))

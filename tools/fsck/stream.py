@@ -121,11 +121,14 @@ class ByteStream:
             part = memory[start : start + RETRY_BYTES]
             place = self._window_start + start
             try:
-                filled = start + self._file.read_now(place, [part])
+                count = self._file.read_now(place, [part])
             except DeviceError:
                 self._bad.append((place, place + part.size))
                 part[:] = 0
-                filled = start + part.size
+                count = part.size
+            filled = start + count
+            if count < part.size:
+                break  # the end of the file
         self._window = memory[:filled]
 
     def close(self) -> None:

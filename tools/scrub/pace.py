@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import re
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
@@ -59,13 +60,14 @@ class WaitingStop(Stop):
         if not self.interrupted:
             with contextlib.suppress(queue.Empty):
                 self._bell.get(timeout=min(seconds, WAIT_S_MAX))
+                self._bell.put(None)  # for the next one who waits
         return not self.interrupted
 
 
 class Pace:
-    """At most ``rate_bytes_s`` bytes in a second, over any longer time; ``None`` is unlimited. For one thread.
+    """At most ``rate_bytes_s`` bytes in a second, over any longer time; ``None`` is unlimited. Thread-safe.
 
-    A token bucket that may be overdrawn by one read: the read that overdraws it waits until the debt is paid.
+    A token bucket that may be overdrawn: whoever overdraws it waits until the debt up to its own bytes is paid.
     """
 
     def __init__(self, rate_bytes_s: float | None, clock_s: Callable[[], float], pause: Callable[[float], bool]) -> None:
@@ -74,17 +76,21 @@ class Pace:
         self._pause = pause
         self._budget_bytes = 0.0
         self._filled_s = clock_s()
+        self._lock = threading.Lock()
 
     def take(self, size_bytes: int) -> None:
         """To be called before bytes are read. Returns at once when the end was asked for: the reader sees that at its next safe place."""
         if self._rate_bytes_s is None:
             return
-        self._fill(self._rate_bytes_s)
-        self._budget_bytes -= size_bytes
-        while self._budget_bytes < 0 and self._pause(-self._budget_bytes / self._rate_bytes_s):
+        with self._lock:
             self._fill(self._rate_bytes_s)
+            self._budget_bytes -= size_bytes
+            paid_s = self._filled_s - self._budget_bytes / self._rate_bytes_s
+        while (wait_s := paid_s - self._clock_s()) > 0 and self._pause(wait_s):
+            continue
 
     def _fill(self, rate_bytes_s: float) -> None:
+        """Caller holds the lock."""
         now_s = self._clock_s()
         self._budget_bytes = min(self._budget_bytes + (now_s - self._filled_s) * rate_bytes_s, rate_bytes_s * BURST_S)
         self._filled_s = now_s
