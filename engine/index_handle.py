@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 SCAN_CHUNK_ENTRIES = 256
 EXIT_TIMEOUT_S = 5.0
-REPLACE_WAIT_S = 5.0
+REPLACE_WAIT_S = 0.05
 
 
 class ReadGate:

@@ -182,10 +182,12 @@ class RocksIndex(RocksReader):
         now_s = time.monotonic()
         if now_s < self._open_anew_at_s:
             raise IndexWriteError("the index could not be opened again a moment ago", where=self.path)
-        self._open_anew_at_s = now_s + OPEN_PAUSE_S
-        _check_not_beheaded(self.path)
         accesses = (AccessType.read_write(), AccessType.read_only(False))
-        self._replace([functools.partial(open_handle, self.path, self.path, self._tuning, access) for access in accesses])
+        try:
+            _check_not_beheaded(self.path)
+            self._replace([functools.partial(open_handle, self.path, self.path, self._tuning, access) for access in accesses])
+        finally:
+            self._open_anew_at_s = time.monotonic() + OPEN_PAUSE_S
 
 
 class RocksFollowerIndex(RocksReader):

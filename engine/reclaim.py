@@ -32,6 +32,8 @@ logger = logging.getLogger("kvlode")
 SPARE_NAME = "spare.new"
 IDLE_S = 1.0
 LEAVING_S = 0.05
+FREE_AGAIN_S = 600.0
+"""Between two segments that are freed for a full file system although the last one gave it no room."""
 FOLLOWED_AHEAD = 8
 """While others follow, one part in this many of the capacity is freed ahead of the writer."""
 
@@ -82,7 +84,7 @@ class Keeper:
         self._bytes_wanted = 0
         self._writer_waits = False
         self._no_space = False
-        self._free_bytes_before = -1
+        self._free_bytes_before, self._free_again_at_s = -1, 0.0
         self.starved = False
         self._poked = False
         self._stopping = False
@@ -208,7 +210,8 @@ class Keeper:
             return True
         if self._room_bytes() >= needed_bytes and self._make_spare(needed_bytes):
             return True
-        full = self._writer_waits and self._room_bytes() >= needed_bytes and not self._leaving()
+        wanted = self._writer_waits or self.starved
+        full = wanted and self._room_bytes() >= needed_bytes and not self._leaving()
         if full and self._freeing_helps() and self._free_oldest():
             return True  # the file system is full although the capacity is not used up: blocks that are being put are worth a segment
         self._give_up()
@@ -216,12 +219,12 @@ class Keeper:
 
     def _freeing_helps(self) -> bool:
         """Whether the last segment that was freed for a full file system gave it room. Where others take it, the whole cache
-        would go in vain, a segment at a time."""
-        free_bytes = self._segments.device.free_bytes(self._segments.folder)
-        helps = free_bytes > self._free_bytes_before
-        if helps:
-            self._free_bytes_before = free_bytes
-        return helps
+        would go in vain, a segment at a time: then it is tried again only after a while, for they may have stopped."""
+        free_bytes, now_s = self._segments.device.free_bytes(self._segments.folder), self._clock.monotonic_s()
+        if free_bytes <= self._free_bytes_before and now_s < self._free_again_at_s:
+            return False
+        self._free_bytes_before, self._free_again_at_s = free_bytes, now_s + FREE_AGAIN_S
+        return True
 
     def _needed_bytes(self) -> int:
         """Size of the next segment."""
