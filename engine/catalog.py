@@ -120,6 +120,11 @@ class Catalog:
     # --- changes (commit thread) --------------------------------------------------------------------------------
 
     @property
+    def opening(self) -> int | None:
+        """Counts the openings of the index; ``None`` while it tells nothing, as it could not be opened again."""
+        return self._openings if self.index.readable() else None
+
+    @property
     def waiting_changes(self) -> int:
         """Changes that the index has refused so far; they are served from memory."""
         return len(self._delta)

@@ -19,6 +19,7 @@ from .commit import CommitThread
 from .config import Clock
 from .entry import Entry, Kind
 from .heat import HeatTable
+from .index import IndexWriteError
 from .index_entry import IndexEntry
 from .namespaces import NamespaceTable
 from .pins import PinTable
@@ -68,10 +69,15 @@ class Evictor:
         self._copy_bytes_max = copy_bytes_max
 
     def empty(self, victim: Segment, room: WriterRoom) -> int:
-        """No index entry points into the segment afterwards; returns how many blocks were given up."""
+        """No index entry points into the segment afterwards; returns how many blocks were given up.
+
+        Raises ``IndexWriteError`` when the index was opened anew meanwhile, or has to be: blocks that it did not tell of then were
+        not carried forward. It can be tried again.
+        """
+        opening = self._catalog.opening
         table = self._table(victim)
         if table is None:
-            return self._drop(self._places_by_scan(victim.segment_id))[0]
+            return self._drop(self._places_by_scan(victim.segment_id), opening)[0]
         self._learn_namespaces(victim, table)
         rows = [i for i in range(len(table)) if table.type[i] == RecordType.BLOCK]
         places = {i: (bytes(table.namespace[i]) + table.key(i), victim.segment_id, int(table.page[i]) * PAGE_BYTES) for i in rows}
@@ -79,14 +85,31 @@ class Evictor:
         while places:  # again for the blocks that were pinned meanwhile
             pinned = {ident for ident, _, _ in places.values() if ident in self._pins}
             self._carry_forward(victim, table, places, pinned, room)
-            count, kept = self._drop(list(places.values()), considered=pinned)
+            count, kept = self._drop(list(places.values()), opening, considered=pinned)
             dropped += count
             places = {row: place for row, place in places.items() if place in kept}
         return dropped
 
-    def _drop(self, places: list[Place], considered: set[bytes] | None = None) -> tuple[int, set[Place]]:
+    def _drop(self, places: list[Place], opening: int | None, considered: set[bytes] | None = None) -> tuple[int, set[Place]]:
         """Take blocks out of the index that still point there: how many, and which were kept for pins that are not ``considered`` yet."""
-        return self._commit.call(lambda: self._drop_now(places, considered)).result(COMMIT_WAIT_S)
+
+        def drop() -> tuple[int, set[Place]]:
+            self._check_opening(opening)
+            answer = self._drop_now(places, considered)
+            self._check_opening(opening)
+            return answer
+
+        return self._commit.call(drop).result(COMMIT_WAIT_S)
+
+    def _check_opening(self, opening: int | None) -> None:
+        current = self._catalog.opening
+        if current is None or current != opening:
+            raise IndexWriteError(
+                "a segment cannot be freed while the index is opened anew",
+                expected=f"opening {opening}",
+                actual=current,
+                action="Try again.",
+            )
 
     def _drop_now(self, places: list[Place], considered: set[bytes] | None) -> tuple[int, set[Place]]:
         count = 0

@@ -62,6 +62,10 @@ class Index(Protocol):
         """Bytes on disk, estimated."""
         ...
 
+    def readable(self) -> bool:
+        """False while it could not be opened again: every key then reads as absent."""
+        ...
+
     def damaged(self) -> int:
         """Reads that failed a check since open; above 0 the index should be rebuilt."""
         ...

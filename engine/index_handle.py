@@ -128,7 +128,7 @@ class Scan:
         """The next entries, last one first."""
         rows = self._rows
         if rows is None:
-            raise StoreClosed("a scan was continued after the index was closed", where=self._where)
+            raise IndexWriteError("a scan was ended: the index was opened anew", where=self._where, action="Scan again.")
         chunk: list[tuple[bytes, bytes]] = []
         try:
             while len(chunk) < SCAN_CHUNK_ENTRIES:
@@ -157,6 +157,7 @@ class Scan:
             self._rows.status()
         except Exception as error:
             self._on_damage()
+            self._ended = True
             self.release()
             raise IndexDamaged(
                 "index scan stopped by damage", where=self._where, actual=str(error), action="Rebuild the index from the segments."
@@ -235,6 +236,9 @@ class RocksReader:
             self._scans.add(scan)
         return scan
 
+    def readable(self) -> bool:
+        return self._handle is not None
+
     def damaged(self) -> int:
         """Lookups of single keys, and scans, that failed since open."""
         return self._damaged
@@ -277,7 +281,8 @@ class RocksReader:
     def _replace(self, opens: Sequence[Callable[[], Rdict]]) -> None:
         """Close the handle and take the first one that can be opened, between reads; raises why an earlier one could not.
 
-        Without any, keys read as absent and count as damage. Scans that are under way end with an error.
+        Without any, keys read as absent and count as damage. Scans that are under way end with
+        ``IndexWriteError``.
         """
         with self._close_lock, self._gate.alone(REPLACE_WAIT_S) as idle:
             if not idle or self._gate.wait_shut(0.0):

@@ -103,6 +103,9 @@ class MemoryIndex:
             self._check_open()
             return sum(len(key) + len(value) for key, value in self._entries.items())
 
+    def readable(self) -> bool:
+        return True
+
     def damaged(self) -> int:
         return self._damaged
 

@@ -22,6 +22,7 @@ from .commit import CommitThread
 from .config import Clock, StoreConfig
 from .eviction import COMMIT_WAIT_S, Evictor
 from .health import Health
+from .index import IndexWriteError
 from .reinsertion import WriterRoom
 from .segment_writer import OpenSegment
 from .segments import Segment, SegmentTable
@@ -180,6 +181,8 @@ class Keeper:
                 # freed segments leave when a grace period or a reader ends, which nobody announces
                 if self._leaving():
                     pause_s = LEAVING_S
+            except IndexWriteError as error:  # it is opened anew in a moment: a waiting writer goes on waiting
+                logger.info("reclaim waits for the index: %s", error)
             except Exception as error:  # the thread must outlive every error: without it the writer would starve
                 self._counters.add("reclaim_errors")
                 logger.warning("reclaim: %s", error)
@@ -206,8 +209,12 @@ class Keeper:
     def _provide_spare(self) -> bool:
         """Make the spare segment, after freeing the oldest when only the reserve is left (see ``_reinsert``)."""
         needed_bytes = self._needed_bytes()
-        if self._coming_bytes() < 2 * needed_bytes and self._free_oldest():
-            return True
+        if self._coming_bytes() < 2 * needed_bytes:
+            if self._free_oldest():
+                return True
+            if self._catalog.opening is None:  # the reserve is for the copies that are made once the index can be read again
+                self._give_up()
+                return False
         if self._room_bytes() >= needed_bytes and self._make_spare(needed_bytes):
             return True
         wanted = self._writer_waits or self.starved
@@ -288,6 +295,7 @@ class Keeper:
         self._segments.device.remove(self._spare_path())
 
     def _remove_one(self) -> bool:
+        """Remove the file of a freed segment; also while the index refuses changes, for the file may be the room that it waits for."""
         grace_s = self._config.reclaim_grace_s if self._followers_present() else 0.0
         segment_id = self._segments.claim_removable(self._clock.monotonic_s(), grace_s)
         if segment_id is None:
@@ -300,7 +308,9 @@ class Keeper:
     # --- freeing a segment --------------------------------------------------------------------------------------
 
     def _free_oldest(self) -> bool:
-        """Start freeing the oldest sealed segment; False when there is none."""
+        """Start freeing the oldest sealed segment; False when there is none, or the index does not tell what is in it."""
+        if self._catalog.opening is None:
+            return False
         sealed = [s for s in self._segments.all() if s.sealed and s.retired_at_s is None]
         if not sealed:
             return False

@@ -14,6 +14,7 @@ from kvlode.engine.catalog import BATCH_ENTRIES_MAX, Catalog, Checkpoint
 from kvlode.engine.index import IndexWriteError
 from kvlode.engine.index_memory import MemoryIndex
 from kvlode.engine.jobs import ACCEPTED
+from kvlode.engine.reclaim import FREE_AGAIN_S
 from kvlode.engine.stats import Counters
 from kvlode.engine.testing import ManualClock
 from kvlode.gds.testing import Effect, Fault, FaultyDevice, LateDevice
@@ -114,7 +115,10 @@ def test_a_drive_whose_room_others_take_costs_one_segment_and_not_the_whole_cach
         if refused == 10:
             break
     assert refused == 10
-    assert rig.counter("segments_retired") - before <= 2
+    retired = rig.counter("segments_retired")
+    assert retired - before <= 2
+    rig.clock.advance(FREE_AGAIN_S)
+    assert eventually(lambda: rig.counter("segments_retired") > retired), "a store that refuses puts does not try again by itself"
 
 
 def test_a_full_drive_with_nothing_to_free_refuses_puts_until_there_is_room(rig: Rig) -> None:
@@ -324,6 +328,65 @@ def test_an_index_whose_sync_failed_is_opened_anew_and_gets_back_what_it_lost(ri
     assert_holds(rig, b"synced", 2)
     rig.crash()
     assert rig.counter("recovered_records") == 0, "the checkpoint that was lost is not back"
+
+
+class IndexWithoutHandle(MemoryIndex):
+    """Says nothing after a failed sync for as long as it cannot be opened anew."""
+
+    openable = False
+
+    def readable(self) -> bool:
+        return not self._broken
+
+    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        return [None] * len(keys) if self._broken else super().get_many(keys)
+
+    def open_anew(self) -> None:
+        if not self.openable:
+            raise IndexWriteError("the index could not be opened again", actual="refused by the test")
+        super().open_anew()
+
+
+def test_nothing_is_freed_while_the_index_cannot_be_opened_anew(rig: Rig) -> None:
+    put(rig, b"held", 1)
+    rig.close()
+    rig.index = index = IndexWithoutHandle(rig.index.reopen()._entries)
+    rig.open()
+    with space_of(rig).pin([b"held"]) as held:
+        assert held == 1
+        index.fail_next_sync()
+        status, number = ACCEPTED, 0
+        while status:
+            status = space_of(rig).put(b"%d" % number, block_bytes(b"%d" % number, 4, SIZE))
+            rig.store.flush(WAIT_S)
+            number += 1
+            assert number < MANY, "segments were freed"
+        assert status.reason is Refusal.NO_SPACE
+        assert rig.counter("segments_retired") == 0
+        index.openable = True
+        assert eventually(lambda: bool(space_of(rig).put(b"again", block_bytes(b"again", 4, SIZE))))
+        put_blocks(space_of(rig), 0, MANY, SIZE)
+        assert rig.store.flush(WAIT_S)
+        assert rig.counter("segments_freed") > 0
+        assert_holds(rig, b"held", 1)
+
+
+def test_a_writer_goes_on_waiting_while_the_index_is_opened_anew(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    keeper = rig.store._core.keeper
+    empty, tries_while_waiting = keeper._evictor.empty, 0
+
+    def empty_after_an_opening(*arguments: Any) -> int:
+        nonlocal tries_while_waiting
+        tries_while_waiting += keeper._writer_waits
+        if tries_while_waiting < 2:
+            raise IndexWriteError("a scan was ended: the index was opened anew")
+        return empty(*arguments)
+
+    monkeypatch.setattr(keeper._evictor, "empty", empty_after_an_opening)
+    put_blocks(space_of(rig), 0, MANY, SIZE)
+    assert rig.store.flush(WAIT_S)
+    assert tries_while_waiting >= 2
+    assert rig.counter("refused_puts") == 0 and rig.counter("reclaim_errors") == 0
 
 
 class IndexOfOneBatch(MemoryIndex):

@@ -158,6 +158,49 @@ def test_an_index_that_cannot_be_opened_anew_is_read_and_tried_again(tmp_path: P
         assert index.get_many([b"a", b"b"]) == [b"1", b"2"]
 
 
+def test_an_index_in_use_is_not_opened_anew_and_holds_lookups_up_for_a_moment_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = 100.0
+    waits_s: list[float] = []
+    found: list[list[bytes | None]] = []
+    with contextlib.closing(RocksIndex(tmp_path / "index")) as index:
+        index.apply([(b"a", b"1")])
+        beside = threading.Thread(target=lambda: found.append(index.get_many([b"a"])))
+
+        def wait_empty(timeout_s: float) -> bool:
+            nonlocal now_s
+            now_s += timeout_s
+            waits_s.append(timeout_s)
+            beside.start()
+            return False
+
+        stuck = -1  # a thread that a failing drive holds
+        index._gate._inside[stuck] = None
+        with monkeypatch.context() as patch:
+            patch.setattr(index_rocksdb.time, "monotonic", lambda: now_s)
+            patch.setattr(index._gate, "wait_empty", wait_empty)
+            with pytest.raises(IndexWriteError, match="in use"):
+                index.open_anew()
+            assert index._open_anew_at_s - now_s == index_rocksdb.OPEN_PAUSE_S, "the pause follows the wait"
+        beside.join(30.0)
+        assert found == [[b"1"]]
+        assert waits_s[0] <= 0.05
+        del index._gate._inside[stuck]
+
+
+def test_a_scan_that_an_opening_ends_says_so(tmp_path: Path) -> None:
+    with contextlib.closing(RocksIndex(tmp_path / "index")) as index:
+        fill(index, rows(2000))
+        index.sync()
+        scan = index.scan()
+        next(scan)
+        index.open_anew()
+        with pytest.raises(IndexWriteError, match="opened anew"):
+            list(scan)
+        assert len(list(index.scan())) == 2000
+
+
 def refusing(open_handle: Callable[..., Any], readable: bool) -> Callable[..., Any]:
     """``open_handle`` that refuses to open for writing, and for reading where that is asked for."""
     calls = []
