@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from ..format.errors import KvlodeError
 from .index import Index, IndexDamaged, IndexWriteError
-from .index_entry import IndexEntry, expires_and_version
+from .index_entry import IndexEntry, expires_and_version, unexpired
 from .stats import Counters
 
 META_PREFIX = bytes(16)
@@ -86,11 +86,11 @@ class Catalog:
         """Whether each key is present and not expired."""
         values = self.values(idents)
         if not self._floors:
-            return [value is not None and _unexpired(value, now_ns) for value in values]
+            return unexpired(values, now_ns)
         floors = self._floors
         return [
-            value is not None and _unexpired(value, now_ns) and expires_and_version(value)[1] >= floors.get(ident[:16], 0)
-            for ident, value in zip(idents, values, strict=True)
+            live and expires_and_version(value or b"")[1] >= floors.get(ident[:16], 0)
+            for ident, value, live in zip(idents, values, unexpired(values, now_ns), strict=True)
         ]
 
     def raise_floor(self, namespace: bytes, floor_seq: int) -> None:
@@ -263,8 +263,3 @@ def _unpacked(layout: struct.Struct, value: bytes, what: str) -> tuple[int, ...]
             action="Rebuild the index from the segments.",
         )
     return layout.unpack(value)
-
-
-def _unexpired(value: bytes, now_ns: int) -> bool:
-    expires_at_ns = expires_and_version(value)[0]
-    return expires_at_ns == 0 or now_ns < expires_at_ns

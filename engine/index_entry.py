@@ -92,6 +92,19 @@ def expires_and_version(value: bytes) -> tuple[int, int]:
     return expires_at_ns, version_seq
 
 
+def unexpired(values: Sequence[bytes | None], now_ns: int) -> list[bool]:
+    """Whether each value is there and not expired; in one step for all of them where their sizes are those of this layout."""
+    found = values if None not in values else [value for value in values if value is not None]
+    joined = b"".join(found)  # type: ignore[arg-type]  # None is not in it
+    if len(joined) != len(found) * ENTRY_BYTES:
+        return [value is not None and not 0 < expires_and_version(value)[0] <= now_ns for value in values]
+    expires_at_ns = np.frombuffer(joined, ENTRY_DTYPE)["expires_at_ns"]
+    if not expires_at_ns.any():
+        return [True] * len(values) if found is values else [value is not None for value in values]
+    live = iter((~((expires_at_ns > 0) & (expires_at_ns <= now_ns))).tolist())
+    return [value is not None and next(live) for value in values]
+
+
 class SealColumns(Protocol):
     """What ``pack_table`` reads of ``format.seal.SealTable``: one array a column, a row a record.
 

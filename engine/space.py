@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 COPY_PIECE_BYTES = 256 << 10
 """Blocks are copied and hashed in pieces of this size, so that the hash reads what is still in the CPU's cache."""
-MATCH_BATCHES = (64, 256, 1024)
+MATCH_BATCHES = (64, 256, 1024, 4096)
 
 
 class Space:

@@ -484,7 +484,7 @@ def test_a_range_that_cannot_be_read_is_an_error_and_the_check_goes_on() -> None
     target = fill(in_memory())
     header = next(h for i in target.segment_ids() for h in records_of(target, i) if h.key == b"key 000")
     path = target.segment_path(header.segment_id)
-    broken = dataclasses.replace(target, device=FaultyDevice(target.device, [Fault("read", nth=6, times=None, where=lambda p: p == path)]))
+    broken = dataclasses.replace(target, device=FaultyDevice(target.device, [Fault("read", nth=3, times=None, where=lambda p: p == path)]))
     report = broken.check()
     assert report.errors and report.exit_code & ExitBit.OPERATIONAL
     assert not report.coverage.complete

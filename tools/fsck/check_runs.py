@@ -13,7 +13,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 
 from ...format.errors import DeviceError
-from ...format.layout import PAGE_BYTES, RecordType
+from ...format.layout import PAGE_BYTES, Codec, RecordType
 from ...format.record import RecordHeader
 from ...gds.threads import WorkerPool
 from .check_payloads import BlockCheck, check_descriptor
@@ -23,7 +23,7 @@ from .segment_records import SegmentRecords
 from .source import SegmentReader
 from .stream import ByteStream, Windows
 
-RUN_BYTES = 8 << 20
+RUN_BYTES = 16 << 20
 """A run has at least one record, and no second one that would make it longer than this."""
 GAP_BYTES_MAX = 64 << 10
 RUNS_AHEAD_PER_THREAD = 2
@@ -110,13 +110,13 @@ def check_run(reader: SegmentReader, records: SegmentRecords, run: RunOfRecords,
         for row in range(run.first, run.last):
             stop.check()
             stream.skip(records.offsets[row] - stream.position)
-            _check_record(stream, records, row, result)
+            _check_record(stream, records, row, windows, result)
             stream.skip(records.offsets[row] + records.lengths[row] - stream.position)
             result.length_bytes += records.lengths[row]
     return result
 
 
-def _check_record(stream: ByteStream, records: SegmentRecords, row: int, result: RunResult) -> None:
+def _check_record(stream: ByteStream, records: SegmentRecords, row: int, windows: Windows, result: RunResult) -> None:
     piece = stream.take(PAGE_BYTES)
     if not piece.readable:
         return
@@ -127,7 +127,8 @@ def _check_record(stream: ByteStream, records: SegmentRecords, row: int, result:
     if header is None or header.record_bytes != records.lengths[row]:
         readable = True
     elif header.record_type is RecordType.BLOCK:
-        readable = _check_block(stream, header, records, result)
+        with contextlib.nullcontext() if header.codec is Codec.RAW else windows.decoding:
+            readable = _check_block(stream, header, records, result)
     elif header.record_type is RecordType.NAMESPACE:
         payload = stream.take(header.record_bytes - PAGE_BYTES)
         readable = payload.readable

@@ -19,6 +19,9 @@ from .check_superblock import FirstPage
 from .findings import Finding
 from .source import SegmentReader, SegmentRef
 
+SEAL_READ_BYTES = 64 << 10
+"""Most seals are smaller: one read fetches trailer, table of contents and record."""
+
 
 @dataclass(slots=True)
 class SegmentLook:
@@ -66,6 +69,8 @@ class Looked:
 
     look: SegmentLook | None = None
     findings: list[Finding] = field(default_factory=list)
+    table: SealTable | None = None
+    """Its own table of contents, where that is good."""
     unsealed: bool = False
     """Skipped, because a running writer may be filling it."""
 
@@ -120,6 +125,7 @@ def _check_header(first: FirstPage, around: Surroundings, looked: Looked) -> Non
 def _look_sealed(reader: SegmentReader, around: Surroundings, looked: Looked) -> bool:
     """Whether the file ends in its own trailer; ``looked`` is filled then."""
     ref = reader.ref
+    reader.read_ahead(max(0, ref.size_bytes - SEAL_READ_BYTES), SEAL_READ_BYTES)
     trailer = own_trailer(reader, around.store_uuid)
     if trailer is None:
         return False
@@ -129,7 +135,8 @@ def _look_sealed(reader: SegmentReader, around: Surroundings, looked: Looked) ->
     look.bytes_present += seal_bytes
     look.bytes_checked += seal_bytes
     try:
-        find_seal(reader.read, ref.size_bytes, store_uuid=around.store_uuid, segment_id=ref.segment_id)
+        found = find_seal(reader.read, ref.size_bytes, store_uuid=around.store_uuid, segment_id=ref.segment_id)
+        looked.table = None if found is None else found[1]
     except CorruptRecord as error:
         look.listed = False
         looked.add("SEG-SEAL-CRC", ref, trailer.data_end, seal_bytes, part="the table of contents", error=str(error))

@@ -20,7 +20,7 @@ from .findings import Finding, Report
 from .index_passes import IndexPasses
 from .index_view import IndexSource
 from .options import CheckOptions, Level, Progress, Silence, Stop, Stopped
-from .segment_passes import SegmentPasses, Workers
+from .segment_passes import SegmentPasses, Tables, Workers
 from .segment_records import SegmentRecords
 from .source import SegmentReader, SegmentRef, list_segments, opened, require_store
 
@@ -82,8 +82,9 @@ def _locked(device: Device, path: str, options: CheckOptions, report: Report) ->
         lock.release()
 
 
-SEGMENTS_AHEAD = 1
+SEGMENTS_AHEAD = 2
 """Segments whose first bytes are read while the last ones of another are checked."""
+TABLES_BYTES_MAX = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,7 @@ class _Run:
         """Usable segments, newest first."""
         self._stopped = ""
         self._workers = Workers()
-        self._segments = SegmentPasses(self.report, progress, stop, self._workers)
+        self._segments = SegmentPasses(self.report, progress, stop, self._workers, tables=Tables(TABLES_BYTES_MAX))
         self._records = self._segments.records
         now_ns = options.now_ns if options.now_ns is not None else time.time_ns()
         self._index = IndexPasses(device, source, self.report, self._records.kills, now_ns, stop, progress, live=options.live)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 
+from ...format.seal import COLUMN_TABLE, SealTable
 from ...gds.threads import WorkerPool
 from .check_records import RecordPass
 from .check_runs import SegmentReading
@@ -17,22 +18,24 @@ from .segment_records import SegmentRecords, undescribed_namespaces
 from .source import SegmentReader
 from .stream import Windows
 
-CHECK_THREADS_MIN = 12
+CHECK_THREADS_MIN = 8
 """More than there are cores on a small machine: most of them wait for the drive."""
 POOL_CLOSE_S = 30.0
+ROW_BYTES = COLUMN_TABLE.size_bytes + 64
+"""What a row of a table of contents takes in memory, its key included."""
 
 
 class Workers:
     """The memory that payloads are read into and the threads that check them; made when they are first used. ``close`` them."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int | None = None) -> None:
+        self._threads = threads or max(CHECK_THREADS_MIN, os.cpu_count() or 1)
         self._made: tuple[Windows, WorkerPool] | None = None
 
     def get(self) -> tuple[Windows, WorkerPool]:
         """Both, for all segments that are under way."""
         if self._made is None:
-            threads = max(CHECK_THREADS_MIN, os.cpu_count() or 1)
-            self._made = (Windows(threads), WorkerPool("kvlode-fsck", threads))
+            self._made = (Windows(self._threads), WorkerPool("kvlode-fsck", self._threads))
         return self._made
 
     def close(self) -> None:
@@ -43,10 +46,33 @@ class Workers:
             windows.close()
 
 
+class Tables:
+    """Tables of contents that a check has read, for its later passes: the first ones, up to ``bytes_max``.
+
+    The passes go over the segments in the same order again and again, so those that came last would be of no use.
+    """
+
+    def __init__(self, bytes_max: int = 0) -> None:
+        self._bytes_left = bytes_max
+        self._tables: dict[int, SealTable] = {}
+
+    def keep(self, segment_id: int, table: SealTable) -> None:
+        size_bytes = len(table) * ROW_BYTES
+        if size_bytes <= self._bytes_left and segment_id not in self._tables:
+            self._bytes_left -= size_bytes
+            self._tables[segment_id] = table
+
+    def get(self, segment_id: int) -> SealTable | None:
+        return self._tables.get(segment_id)
+
+
 class SegmentPasses:
     """Passes over segments, counted and reported in ``report``. Methods may raise ``DeviceError`` and ``Stopped``. For one thread."""
 
-    def __init__(self, report: Report, progress: Progress, stop: Stop, workers: Workers, kills: Kills | None = None) -> None:
+    def __init__(
+        self, report: Report, progress: Progress, stop: Stop, workers: Workers, kills: Kills | None = None, tables: Tables | None = None
+    ) -> None:
+        self._tables = tables or Tables()
         self.records = RecordPass(report.coverage, report.add, report.errors.append, progress, stop, kills)
         self._report = report
         self._stop = stop
@@ -62,6 +88,8 @@ class SegmentPasses:
             coverage.bytes_present += reader.ref.size_bytes
         else:
             coverage.segments_checked += 1
+        if looked.table is not None:
+            self._tables.keep(reader.ref.segment_id, looked.table)
         if look is not None:
             coverage.bytes_present += look.bytes_present + look.log_bytes
             coverage.bytes_checked += look.bytes_checked + look.damaged_bytes
@@ -70,7 +98,11 @@ class SegmentPasses:
 
     def load(self, reader: SegmentReader, look: SegmentLook, store_uuid: bytes) -> SegmentRecords:
         """Its records, from its table of contents where that is good."""
-        return SegmentRecords(look, load_table(reader, look, store_uuid), store_uuid)
+        table = self._tables.get(look.ref.segment_id)
+        if table is None:
+            table = load_table(reader, look, store_uuid)
+            self._tables.keep(look.ref.segment_id, table)
+        return SegmentRecords(look, table, store_uuid)
 
     def begin(self, records: SegmentRecords) -> None:
         """To be called once, before the records of a segment are walked or read."""

@@ -92,6 +92,13 @@ class SegmentReader:
         start = offset - self._window_start
         return self._window[start : start + length]
 
+    def read_ahead(self, offset: int, length: int) -> None:
+        """Fetch bytes that ``read`` is about to be asked for. What cannot be read now is read when it is asked for."""
+        try:
+            self._window, self._window_start = self._read_now(offset, length), offset
+        except DeviceError:
+            self._window = memoryview(b"")
+
     def _read_now(self, offset: int, length: int) -> memoryview:
         start = offset - offset % PAGE_BYTES
         length = min(length, max(0, self.ref.size_bytes - offset))  # a damaged length must not make memory

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,21 +17,20 @@ from ...format.layout import PAGE_BYTES, round_up_pages
 from ...gds.buffers import ByteArray, SlotPool
 from ...gds.device import DeviceFile
 
-WINDOW_BYTES = (8 << 20) + (256 << 10)
+WINDOW_BYTES = (16 << 20) + (256 << 10)
 RETRY_BYTES = 64 << 10
 """A window that cannot be read is read again in pieces of this size, so that only the bad ones are lost."""
 
 
 class Windows:
-    """The memory of all streams of a check, and how many of them may read at the same time. Thread-safe; ``close`` it.
+    """The memory of all streams of a check. Thread-safe; ``close`` it.
 
-    Fewer read than there are: the others check meanwhile. Were all to wait for the drive together, they would also check
-    together, and the drive would wait for them.
+    ``decoding``: turns of those who decode. More of them than cores would only drive each other's scratch memory out of the caches.
     """
 
     def __init__(self, count: int) -> None:
         self.slots = SlotPool(WINDOW_BYTES, count * WINDOW_BYTES)
-        self.turns = threading.Semaphore(max(1, count * 5 // 8))
+        self.decoding = threading.Semaphore(os.cpu_count() or 1)
 
     def close(self) -> None:
         self.slots.close()
@@ -75,6 +75,11 @@ class ByteStream:
         """How much ``take`` can hand out as one view, all of it readable; 0 where that is not known."""
         return 0 if not self._fill() or self._bad else self._window_stop - self.position
 
+    def peek(self, length: int) -> ByteArray:
+        """A view of the next bytes, which ``take`` gives as well; no more than ``whole_bytes``."""
+        start = self.position - self._window_start
+        return self._window[start : start + length]
+
     def skip(self, length: int) -> None:
         """Go on behind the next ``length`` bytes."""
         self.position += length
@@ -108,8 +113,7 @@ class ByteStream:
         self._bad = []
         memory = self._memory[: min(WINDOW_BYTES, round_up_pages(self._stop - self._window_start))]
         try:
-            with self._windows.turns:
-                self._window = memory[: self._file.read_now(self._window_start, [memory])]
+            self._window = memory[: self._file.read_now(self._window_start, [memory])]
         except DeviceError as error:
             self._on_error(error)
             self._read_in_pieces(memory)

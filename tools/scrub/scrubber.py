@@ -23,6 +23,8 @@ from .pace import WaitingStop
 from .state import ScrubState, SegmentState
 
 INTERVAL_S = 7 * 86400.0
+SCRUB_THREADS = 2
+"""It goes at a slow rate beside a running store, so it shall not take the memory of a check that goes as fast as the drive."""
 POLL_S = 5.0
 
 
@@ -108,7 +110,7 @@ class Scrubber:
         self._progress = progress
         self._stop = stop
         self._now_ns = now_ns
-        self._workers = Workers()
+        self._workers = Workers(SCRUB_THREADS)
         self._uuid = bytes(16)
         self._state = ScrubState(self._uuid)
         self._store_damaged = False
