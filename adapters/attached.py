@@ -1,0 +1,152 @@
+"""A store as an engine has it: whatever goes wrong with it, the engine sees misses and refused puts, never an exception.
+
+Only wrong settings raise, and only when the engine starts: nobody reads a log line about a misspelt option.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from ..engine.config import StoreConfig
+from ..engine.contract import Block, BlockSpace, GetJob, PutJob, Refusal, Status, Store
+from ..engine.jobs import refused
+from ..engine.opening import open_store
+from ..format.errors import InvalidConfig, KvlodeError
+from ..format.namespace import Namespace
+
+logger = logging.getLogger("kvlode")
+
+T = TypeVar("T")
+
+OWN_OPTIONS = frozenset({"path"})
+DEFAULTS: dict[str, Any] = {"buffer": "256MiB", "on_locked": "follow", "serve_clean": False}
+"""The engine has a DRAM tier of its own, so the store's buffer only takes writes; a second process beside the writer reads."""
+CLOSE_S = 30.0
+
+
+class AttachedStore:
+    """A store that an adapter opened, or (``store is None``) the absence of one, with the reason. Thread-safe."""
+
+    def __init__(self, store: Store | None, reason: str = "") -> None:
+        self.store = store
+        self.reason = reason
+
+    @classmethod
+    def open(cls, options: Mapping[str, Any], *, where: str) -> AttachedStore:
+        """``options``: ``path`` and whatever ``kvlode.open`` takes; ``where`` names the engine's setting in messages.
+
+        Raises ``InvalidConfig`` for options that no store has. A store that cannot be opened is reported once and then absent.
+        """
+        path = options.get("path")
+        if not isinstance(path, str) or not path:
+            raise InvalidConfig("an adapter needs the folder of its store", where=where, expected="path: a folder", actual=path)
+        config = StoreConfig.build(**(DEFAULTS | {name: value for name, value in options.items() if name not in OWN_OPTIONS}))
+        try:
+            return cls(open_store(path, config))
+        except InvalidConfig:
+            raise
+        except (KvlodeError, OSError) as error:
+            logger.error("%s: the engine runs without its store, every lookup is a miss: %s", where, error)
+            return cls(None, str(error))
+
+    def space(self, descriptor: Namespace) -> QuietSpace:
+        """The surface of one namespace. Raises ``InvalidConfig`` for blocks that the store has no room for."""
+        if self.store is None:
+            return QuietSpace(None, descriptor)
+        try:
+            return QuietSpace(self.store.namespace(descriptor), descriptor)
+        except InvalidConfig:
+            raise
+        except (KvlodeError, OSError) as error:
+            logger.error("namespace of %s: every lookup is a miss: %s", descriptor.model, error)
+            return QuietSpace(None, descriptor)
+
+    def stats(self) -> Mapping[str, Any]:
+        """The store's counters; without a store just the reason."""
+        return {"absent": self.reason} if self.store is None else self.store.stats()
+
+    def flush(self, timeout_s: float) -> bool:
+        """See ``Store.flush``; True without a store, as nothing was accepted."""
+        return self.store is None or _quietly("flush", lambda: self.store.flush(timeout_s) if self.store else True, False)
+
+    def close(self, timeout_s: float = CLOSE_S) -> bool:
+        """See ``Store.close``."""
+        return self.store is None or _quietly("close", lambda: self.store.close(timeout_s) if self.store else True, False)
+
+
+class QuietSpace:
+    """The part of ``BlockSpace`` that engines use; errors of the store are logged, and answered as misses and refusals."""
+
+    def __init__(self, space: BlockSpace | None, descriptor: Namespace) -> None:
+        self._space = space
+        self.descriptor = descriptor
+
+    @property
+    def digest(self) -> bytes:
+        return self.descriptor.digest
+
+    def match_prefix(self, keys: Sequence[bytes]) -> int:
+        return self._try("match_prefix", lambda space: space.match_prefix(keys), 0)
+
+    def contains(self, keys: Sequence[bytes]) -> list[bool]:
+        return self._try("contains", lambda space: space.contains(keys), [False] * len(keys))
+
+    def lookup_nowait(self, keys: Sequence[bytes]) -> list[Status]:
+        return self._try("lookup", lambda space: space.lookup_nowait(keys), [Status.MISS] * len(keys))
+
+    def submit_put(self, keys: Sequence[bytes], blocks: Sequence[Block], **options: Any) -> PutJob:
+        """See ``BlockSpace.submit_put``; a failure is a job that is done and refused."""
+        job = self._try("put", lambda space: space.submit_put(keys, blocks, **options), None)
+        return _Finished([refused(Refusal.STORE_FAILED)] * len(keys), options.get("queue")) if job is None else job
+
+    def submit_get(self, keys: Sequence[bytes], outs: Sequence[Block], **options: Any) -> GetJob:
+        """See ``BlockSpace.submit_get``; a failure is a job that is done and missed."""
+        job = self._try("get", lambda space: space.submit_get(keys, outs, **options), None)
+        return _Finished([Status.IO_ERROR] * len(keys), options.get("queue")) if job is None else job
+
+    def get_many_into(self, keys: Sequence[bytes], outs: Sequence[Block], *, timeout: float) -> list[Status]:
+        """See ``BlockSpace.get_many_into``; here the deadline is a duty."""
+        return self._try("get", lambda space: space.get_many_into(keys, outs, timeout=timeout), [Status.IO_ERROR] * len(keys))
+
+    def touch(self, keys: Sequence[bytes]) -> None:
+        self._try("touch", lambda space: space.touch(keys), None)
+
+    def delete(self, keys: Sequence[bytes]) -> int:
+        return self._try("delete", lambda space: space.delete(keys), 0)
+
+    def drop(self) -> None:
+        """Forget every block of the namespace, durably."""
+        self._try("drop", lambda space: space.drop(), None)
+
+    def _try(self, what: str, call: Callable[[BlockSpace], T], otherwise: T) -> T:
+        space = self._space
+        return otherwise if space is None else _quietly(what, lambda: call(space), otherwise)
+
+
+def _quietly(what: str, call: Callable[[], T], otherwise: T) -> T:
+    try:
+        return call()
+    except Exception as error:  # whatever it is: an engine must not end because of its cache
+        logger.error("%s failed, the engine goes on without the store's answer: %s", what, error)
+        return otherwise
+
+
+class _Finished:
+    """A job that was over before it began."""
+
+    def __init__(self, statuses: Sequence[Any], queue: Any) -> None:
+        self.statuses = statuses
+        self.verified = [False] * len(statuses)
+        if queue is not None:
+            queue.push(self)
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self, timeout: float | None = None) -> bool:
+        return True
+
+    def cancel(self) -> None:
+        return None

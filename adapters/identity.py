@@ -1,0 +1,61 @@
+"""Which weights made a block: the ``revision`` of a namespace, from the files that the model is loaded from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+DESCRIPTIONS = ("config.json", "quantization_config.json", "quantize_config.json", "hf_quant_config.json")
+INDEX_SUFFIX = ".index.json"
+_SNAPSHOT = re.compile(r"/snapshots/([0-9a-f]{40})(?:/|$)")
+
+
+def weights_revision(model: str | os.PathLike[str], *, commit: str | None = None, settings: Mapping[str, Any] | None = None) -> str:
+    """32 hexadecimal digits that change with the weights and with how they are used.
+
+    ``model``: a folder (or one file) of weights, or the name of a model of a hub. For a folder they depend on its
+    configuration and weight index byte for byte and on names, sizes and modification times of the weight files, or, in a
+    hub's cache, on the commit that the folder is named after. For a name they depend on ``commit``. ``settings`` are
+    whatever else changes the bytes of a KV block: quantisation, KV scales, RoPE scaling.
+
+    Raises ``OSError`` when the files cannot be read.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    path = Path(os.path.realpath(model)) if os.path.exists(model) else None
+    snapshot = _SNAPSHOT.search(os.fspath(path) if path else os.fspath(model))
+    if snapshot is not None:
+        _add(digest, "commit", snapshot[1])
+    elif path is not None:
+        for name, what in _files(path):
+            _add(digest, name, what)
+    else:
+        _add(digest, "name", os.fspath(model))
+    _add(digest, "given commit", commit or "")
+    _add(digest, "settings", json.dumps(settings or {}, sort_keys=True, default=str))
+    return digest.hexdigest()
+
+
+def _files(path: Path) -> list[tuple[str, str]]:
+    """What tells one set of weight files from another, in a fixed order."""
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
+    found: list[tuple[str, str]] = []
+    for file in files:
+        if file.name in DESCRIPTIONS or file.name.endswith(INDEX_SUFFIX):
+            found.append((file.name, hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()))
+        elif file.suffix in WEIGHT_SUFFIXES:
+            status = file.stat()
+            found.append((file.name, f"{status.st_size} {status.st_mtime_ns}"))
+    return found
+
+
+def _add(digest: Any, name: str, value: str) -> None:
+    """One field, with the lengths, so that no two lists of fields look the same."""
+    for text in (name, value):
+        data = text.encode()
+        digest.update(len(data).to_bytes(8, "little") + data)

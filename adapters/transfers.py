@@ -1,0 +1,113 @@
+"""Jobs of an engine that polls: submitted under the engine's own ids, reported once each, loads with a deadline."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+from ..engine.contract import Block, GetJob, PutJob, Status
+from .attached import QuietSpace
+
+logger = logging.getLogger("kvlode")
+
+LOAD_TIMEOUT_S = 10.0
+"""A load that takes longer is called off: the engine computes the tokens meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A job that is over: its memory is the engine's again."""
+
+    job_id: Hashable
+    is_load: bool
+    keys: Sequence[bytes]
+    good: Sequence[bool]
+    """For a load: the destination holds the block. For a store: it is in the store, durably or (``own="copy"``) in its buffer."""
+    statuses: Sequence[object]
+    """``Status`` or ``PutStatus`` a key."""
+    seconds: float
+
+    @property
+    def all_good(self) -> bool:
+        return all(self.good)
+
+
+@dataclass(slots=True)
+class _Running:
+    job: GetJob | PutJob
+    keys: Sequence[bytes]
+    started_s: float
+    call_off: Callable[[], None] | None
+    """``None`` for a store, and once it was called."""
+    is_load: bool
+
+
+class Transfers:
+    """The running jobs of one adapter. Thread-safe; nothing but ``drain`` waits."""
+
+    def __init__(self, load_timeout_s: float = LOAD_TIMEOUT_S) -> None:
+        self._load_timeout_s = load_timeout_s
+        self._lock = threading.Lock()
+        self._running: dict[Hashable, _Running] = {}
+
+    def load(self, job_id: Hashable, space: QuietSpace, keys: Sequence[bytes], outs: Sequence[Block]) -> None:
+        """Read blocks; the destinations are the job's until it is reported."""
+        job = space.submit_get(keys, outs)
+        self._add(job_id, _Running(job, keys, time.monotonic(), job.cancel, is_load=True))
+
+    def store(self, job_id: Hashable, space: QuietSpace, keys: Sequence[bytes], blocks: Sequence[Block], *, chained: bool = False) -> None:
+        """Write blocks without copying them; they are the job's until it is reported. ``chained``: each is the parent of the next."""
+        job = space.submit_put(keys, blocks, own="borrow", chained=chained)
+        self._add(job_id, _Running(job, keys, time.monotonic(), None, is_load=False))
+
+    def _add(self, job_id: Hashable, running: _Running) -> None:
+        with self._lock:
+            self._running[job_id] = running
+
+    @property
+    def pending(self) -> int:
+        """Jobs that were not reported yet."""
+        return len(self._running)
+
+    def finished(self) -> list[Outcome]:
+        """Jobs that are over and were not reported before, in the order they were submitted."""
+        now_s = time.monotonic()
+        with self._lock:
+            over = [(job_id, running) for job_id, running in self._running.items() if running.job.done()]
+            for job_id, _ in over:
+                del self._running[job_id]
+            late = self._take_late(now_s)
+        for call_off in late:
+            self._call_off(call_off)
+        return [_outcome(job_id, running, now_s) for job_id, running in over]
+
+    def _take_late(self, now_s: float) -> list[Callable[[], None]]:
+        """How to call off the loads that are over their time, each once."""
+        late: list[Callable[[], None]] = []
+        for running in self._running.values():
+            if running.call_off is not None and now_s - running.started_s > self._load_timeout_s:
+                late.append(running.call_off)
+                running.call_off = None
+        return late
+
+    def _call_off(self, call_off: Callable[[], None]) -> None:
+        """On a thread of its own: it waits for what is under way on the drive, and this may be a drive that hangs."""
+        logger.warning("a load took longer than %.1f s and is called off", self._load_timeout_s)
+        threading.Thread(target=call_off, name="kvlode-cancel", daemon=True).start()
+
+    def drain(self, timeout_s: float) -> bool:
+        """Wait until every job is over (they still have to be fetched with ``finished``); False at the deadline."""
+        deadline_s = time.monotonic() + timeout_s
+        with self._lock:
+            jobs = [running.job for running in self._running.values()]
+        waited = [job.wait(max(0.0, deadline_s - time.monotonic())) for job in jobs]  # all of them: what is over is seen as over
+        return all(waited)
+
+
+def _outcome(job_id: Hashable, running: _Running, now_s: float) -> Outcome:
+    statuses = list(running.job.statuses)
+    good = [status is Status.HIT if running.is_load else bool(status) for status in statuses]
+    return Outcome(job_id, running.is_load, running.keys, good, statuses, now_s - running.started_s)
