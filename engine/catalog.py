@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..format.errors import KvlodeError
+from .events import EventKind, EventLog
 from .index import Index, IndexDamaged, IndexWriteError
 from .index_entry import IndexEntry, expires_and_version, unexpired
 from .stats import Counters
@@ -51,11 +52,29 @@ class Catalog:
         self._sync_failed = False
         self._openings = 0
         self._floors: dict[bytes, int] = {}
+        self._hidden: dict[bytes, tuple[int, int]] = {}
+        """Blocks that were found useless, and where (segment id, offset): absent at once, and on their way out of the index."""
+        self.events = EventLog()
 
     # --- lookups ----------------------------------------------------------------------------------------------
 
     def values(self, idents: Sequence[bytes]) -> list[bytes | None]:
-        """Packed entries, from the waiting changes first and else from the index."""
+        """Packed entries, from the waiting changes first and else from the index; those that are hidden are absent."""
+        found = self._indexed(idents)
+        if self._hidden:
+            found = [None if self._is_hidden(ident, value) else value for ident, value in zip(idents, found, strict=True)]
+        return found
+
+    def hide(self, ident: bytes, segment_id: int, offset: int) -> None:
+        """A block is absent from now on if it still lies there, until ``drop_if_at`` has taken it out of the index. Any thread."""
+        self._hidden[ident] = (segment_id, offset)
+
+    def _is_hidden(self, ident: bytes, value: bytes | None) -> bool:
+        place = self._hidden.get(ident)
+        entry = None if place is None else self._unpack(value)
+        return entry is not None and (entry.segment_id, entry.offset) == place
+
+    def _indexed(self, idents: Sequence[bytes]) -> list[bytes | None]:
         while True:
             openings, delta = self._openings, self._delta  # before the index is read: a change may move from one to the other meanwhile
             found = self.index.get_many(idents)
@@ -197,13 +216,17 @@ class Catalog:
         for start in range(0, len(wanted), BATCH_ENTRIES_MAX):
             part = wanted[start : start + BATCH_ENTRIES_MAX]
             changes: dict[bytes, bytes | None] = {}
-            for (ident, segment_id, offset), value in zip(part, self.values([p[0] for p in part]), strict=True):
+            for (ident, segment_id, offset), value in zip(part, self._indexed([p[0] for p in part]), strict=True):
                 entry = self._unpack(value)
                 if entry is not None and (entry.segment_id, entry.offset) == (segment_id, offset):
                     changes[ident] = None
             if changes:
                 self.change(changes)
             dropped += changes
+            for ident, *place in part:
+                if self._hidden.get(ident) == tuple(place):
+                    del self._hidden[ident]
+        self.events.add(EventKind.REMOVED, dropped)
         return dropped
 
     def purge(self, namespace: bytes, floor_seq: int, start: bytes | None, limit: int) -> bytes | None:

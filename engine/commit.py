@@ -7,6 +7,7 @@ block leaves the buffer only when the index knows it. Batches that finish while 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import queue
 import threading
@@ -19,6 +20,7 @@ from .buffer import Buffer
 from .catalog import Catalog, Checkpoint
 from .contract import PutStatus, Refusal
 from .entry import Entry, Kind
+from .events import EventKind
 from .health import Health
 from .index import IndexDamaged
 from .index_entry import IndexEntry
@@ -32,6 +34,7 @@ Answer = TypeVar("Answer")
 GROUP_BATCHES_MAX = 16
 PURGE_ENTRIES = 500
 RETRY_S = 1.0
+_EVENTS = {Kind.BLOCK: EventKind.STORED, Kind.TOMBSTONE: EventKind.REMOVED, Kind.DROP: EventKind.CLEARED}
 
 
 class CommitThread:
@@ -173,6 +176,14 @@ class CommitThread:
         key, value = Catalog.checkpoint_change(Checkpoint(last.segment.segment_id, last.end_offset, last.last_sequence))
         changes[key] = value
         self._catalog.change(changes)
+        for batch in group:
+            self._tell(batch)
+
+    def _tell(self, batch: LogBatch) -> None:
+        for kind, entries in itertools.groupby((entry for entry, _ in batch.entries), lambda entry: entry.kind):
+            event = _EVENTS.get(kind)
+            if event is not None:
+                self._catalog.events.add(event, [e.namespace.digest if kind is Kind.DROP else e.ident for e in entries])
 
     def _add_change(self, changes: dict[bytes, bytes | None], entry: Entry, record: IndexEntry | None) -> None:
         if entry.kind is Kind.BLOCK and record is not None:

@@ -238,6 +238,7 @@ class Core:
         self.counters.add(counter)
         self.lookups.invalidate(ident)
         if not self.follower:
+            self.catalog.hide(ident, entry.segment_id, entry.offset)  # whoever asks or puts now must not wait for the commit thread
             self.commit.call(lambda: self.catalog.drop_if_at([(ident, entry.segment_id, entry.offset)]))
 
     def _on_useless(self, request: ReadRequest, error: FormatError | None) -> None:

@@ -11,6 +11,7 @@ from ..format.namespace import Namespace
 from .capacity import segment_bytes_for
 from .config import StoreConfig
 from .core import Core
+from .events import EventBatch
 from .registry import OpenStore
 from .space import Space
 
@@ -79,6 +80,10 @@ class DiskStore:
         """Wait until the buffer's memory is there, which opening began in the background; puts may be slower before. False: too late."""
         self._check_usable()
         return self._core.buffer.wait_prefaulted(timeout)
+
+    def events(self, since: object = None) -> EventBatch:
+        self._check_usable()
+        return self._core.catalog.events.batch(since)
 
     def stats(self) -> Mapping[str, Any]:
         self._check_usable()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from kvlode.engine.catalog import Catalog
 from kvlode.engine.index import IndexDamaged, IndexWriteError
+from kvlode.engine.index_entry import IndexEntry
 from kvlode.engine.index_memory import MemoryIndex
 from kvlode.engine.stats import Counters
 
@@ -45,3 +46,18 @@ def test_an_index_that_is_found_damaged_when_it_is_opened_again_keeps_its_change
         assert not catalog.sync()
     assert catalog.waiting_changes == 1 and catalog.values([b"key"]) == [b"value"]
     assert counters.snapshot()["index_write_errors"] == 2
+
+
+def test_a_block_that_is_hidden_is_absent_at_once_and_a_newer_one_is_not() -> None:
+    catalog = Catalog(MemoryIndex(), Counters())
+    ident = NAMESPACE + b"key"
+    old = IndexEntry(1, 0, 5, 4096, 10, 10, 1, 1, 1, 2)
+    catalog.change({ident: old.pack()})
+    catalog.hide(ident, old.segment_id, old.offset)
+    assert catalog.find([ident]) == [None] and catalog.live([ident], 1) == [False]
+    catalog.change({ident: old._replace(offset=8192).pack()})
+    assert catalog.live([ident], 1) == [True]
+    catalog.change({ident: old.pack()})
+    assert catalog.drop_if_at([(ident, old.segment_id, old.offset)]) == [ident]
+    catalog.change({ident: old.pack()})
+    assert catalog.live([ident], 1) == [True], "it stays hidden although it is put again"
