@@ -342,6 +342,9 @@ def _check_padding(data: bytes, starts: list[int], heap_start: int, count: int, 
             raise CorruptRecord("reserved", where=where, expected=f"zeros behind column {name}", actual="other bytes")
 
 
+_IS_ELEMENT_SIZE = np.isin(np.arange(256), (1, 2, 4, 8))
+
+
 def _check_columns(columns: dict[str, np.ndarray[Any, Any]], heap_bytes: int, where: object) -> None:
     """Ranges of every column that a reader computes with; all vectorised."""
     ends = columns["page"].astype(np.int64) + columns["record_pages"]
@@ -353,7 +356,7 @@ def _check_columns(columns: dict[str, np.ndarray[Any, Any]], heap_bytes: int, wh
         "key_length": int(columns["key_length"].sum(dtype=np.int64)) == heap_bytes,
         "type": bool(seal_free.all() and columns["type"].all()),
         "codec": bool((columns["codec"] <= 2).all()),
-        "element_size": bool(np.isin(columns["element_size"], (1, 2, 4, 8)).all()),
+        "element_size": bool(_IS_ELEMENT_SIZE[columns["element_size"]].all()),
         "page": bool(follows.all() and columns["page"].all() and ends.max(initial=0) <= SEGMENT_RECORDS_MAX),
         "raw_length": bool((columns["raw_length"] <= SEGMENT_BYTES_MAX).all()),
         "stored_length": bounded and bool((payload_pages + 1 == columns["record_pages"]).all()),

@@ -302,10 +302,13 @@ class Expectation:
         sizes = {entry.ident: entry.value.size for entry in log if isinstance(entry, Issued) and entry.value is not None}
         return cls(possible, required, now_ns, sizes)
 
-    def size(self, ident: Ident, info: BlockInfo | None) -> int:
-        """Length of the destination for reading a block."""
-        sizes = [value.size for value in self.possible[ident] if value is not None]
-        return info.raw_bytes if info is not None else max(sizes, default=self.sizes[ident])
+    def sizes_of(self, space: Any, idents: Sequence[Ident]) -> list[int]:
+        """Length of the destination for reading each block; the store is asked where several are possible."""
+        possible = [{value.size for value in self.possible[ident] if value is not None} or {self.sizes[ident]} for ident in idents]
+        unclear = [ident[1] for ident, sizes in zip(idents, possible, strict=True) if len(sizes) > 1]
+        found: dict[bytes, BlockInfo | None] = dict(zip(unclear, space.info(unclear), strict=True)) if unclear else {}
+        infos = [found.get(key) for _, key in idents]
+        return [max(sizes) if info is None else info.raw_bytes for sizes, info in zip(possible, infos, strict=True)]
 
     def check(self, ident: Ident, status: Status, data: np.ndarray) -> str | None:
         """What is wrong with an answer (``data`` is what was read); ``None`` when it is right."""
@@ -338,7 +341,7 @@ def read_all(store: DiskStore, run: Run, expected: Expectation) -> list[str]:
         space = store.namespace(run.descriptor(name))
         idents = [ident for ident in run.idents if ident[0] == name]
         keys = [key for _, key in idents]
-        outs = [np.zeros(expected.size(ident, info), np.uint8) for ident, info in zip(idents, space.info(keys), strict=True)]
+        outs = [np.zeros(size, np.uint8) for size in expected.sizes_of(space, idents)]
         answers = zip(idents, space.get_many_into(keys, outs), outs, strict=True)
         wrong += [expected.check(*answer) for answer in answers]
     return [problem for problem in wrong if problem is not None]

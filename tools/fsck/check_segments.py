@@ -19,7 +19,7 @@ from .check_superblock import FirstPage
 from .findings import Finding
 from .source import SegmentReader, SegmentRef
 
-SEAL_READ_BYTES = 64 << 10
+SEAL_READ_BYTES = 16 << 10
 """Most seals are smaller: one read fetches trailer, table of contents and record."""
 
 
