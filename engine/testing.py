@@ -44,6 +44,7 @@ def open_on_device(device: Device, *, index: Index | None = None, clock: Any = N
         "batch_bytes": 1 << 20,
         "bounce_bytes": 16 << 20,
         "encode_threads": 2,
+        "io_threads": 6,
         "reclaim_grace_s": 0.0,
         "flush_after_s": 0.02,
         "put_timeout_s": 10.0,
