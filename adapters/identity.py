@@ -41,6 +41,28 @@ def weights_revision(model: str | os.PathLike[str], *, commit: str | None = None
     return digest.hexdigest()
 
 
+def hub_commit(model: str, revision: str | None = None) -> str | None:
+    """The commit of a hub's model ``org/name`` that this machine's cache holds, without asking the hub; ``None`` when it has none.
+
+    ``revision``: a branch, a tag or a commit; ``None`` is ``main``.
+    """
+    wanted = revision or "main"
+    if re.fullmatch(r"[0-9a-f]{40}", wanted):
+        return wanted
+    try:
+        commit = (hub_folder(model) / "refs" / wanted).read_text().strip()
+    except (OSError, ValueError):
+        return None
+    return commit if re.fullmatch(r"[0-9a-f]{40}", commit) else None
+
+
+def hub_folder(model: str) -> Path:
+    """Where the hub's client keeps what it downloaded of a model ``org/name``: ``refs``, and ``snapshots`` by commit."""
+    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface")
+    cache = os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")
+    return Path(cache, "models--" + model.replace("/", "--"))
+
+
 def _files(path: Path) -> list[tuple[str, str]]:
     """What tells one set of weight files from another, in a fixed order."""
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
-from ..engine.contract import Block, GetJob, PutJob, Status
+from ..engine.contract import Block, CompletionQueue, GetJob, PutJob, Status
 from .attached import QuietSpace
 
 logger = logging.getLogger("kvlode")
@@ -46,21 +46,38 @@ class _Running:
 
 
 class Transfers:
-    """The running jobs of one adapter. Thread-safe; nothing but ``drain`` waits."""
+    """The running jobs of one adapter. Thread-safe; nothing but ``drain`` waits.
 
-    def __init__(self, load_timeout_s: float = LOAD_TIMEOUT_S) -> None:
+    ``queue`` is told of each job that ends, which may be before ``load`` or ``store`` has returned: a poll loop that sleeps on its
+    descriptor asks ``finished`` once more after those.
+    """
+
+    def __init__(self, load_timeout_s: float = LOAD_TIMEOUT_S, queue: CompletionQueue | None = None) -> None:
         self._load_timeout_s = load_timeout_s
+        self._queue = queue
         self._lock = threading.Lock()
         self._running: dict[Hashable, _Running] = {}
 
     def load(self, job_id: Hashable, space: QuietSpace, keys: Sequence[bytes], outs: Sequence[Block]) -> None:
         """Read blocks; the destinations are the job's until it is reported."""
-        job = space.submit_get(keys, outs)
+        job = space.submit_get(keys, outs, queue=self._queue)
         self._add(job_id, _Running(job, keys, time.monotonic(), job.cancel, is_load=True))
 
-    def store(self, job_id: Hashable, space: QuietSpace, keys: Sequence[bytes], blocks: Sequence[Block], *, chained: bool = False) -> None:
-        """Write blocks without copying them; they are the job's until it is reported. ``chained``: each is the parent of the next."""
-        job = space.submit_put(keys, blocks, own="borrow", chained=chained)
+    def store(
+        self,
+        job_id: Hashable,
+        space: QuietSpace,
+        keys: Sequence[bytes],
+        blocks: Sequence[Block],
+        *,
+        chained: bool = False,
+        parent: bytes | None = None,
+    ) -> None:
+        """Write blocks without copying them; they are the job's until it is reported.
+
+        ``chained``: each is the parent of the next, ``parent`` that of the first.
+        """
+        job = space.submit_put(keys, blocks, own="borrow", chained=chained, parent=parent, queue=self._queue)
         self._add(job_id, _Running(job, keys, time.monotonic(), None, is_load=False))
 
     def _add(self, job_id: Hashable, running: _Running) -> None:

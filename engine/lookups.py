@@ -12,6 +12,9 @@ from .contract import Status
 
 ANSWERS_MAX = 1 << 16
 ANSWER_AGE_S_MAX = 1.0
+UNREAD_AGE_S_MAX = 60.0
+"""An answer that nobody fetched yet lives longer: a scheduler may come back only after a step of several seconds, and would
+otherwise be told to come back for ever."""
 BATCH_KEYS = 1024
 
 
@@ -27,6 +30,7 @@ class LookupCache:
         self._changed = Monitor()
         self._lock = self._changed.lock
         self._answers: OrderedDict[bytes, tuple[Status, float]] = OrderedDict()
+        self._unread: set[bytes] = set()
         self._wanted: OrderedDict[bytes, None] = OrderedDict()
         self._running: set[bytes] = set()
         self._stopping = False
@@ -49,7 +53,8 @@ class LookupCache:
         with self._lock:
             for ident in idents:
                 known = self._answers.get(ident)
-                if known is not None and now_s - known[1] <= ANSWER_AGE_S_MAX:
+                if known is not None and now_s - known[1] <= (UNREAD_AGE_S_MAX if ident in self._unread else ANSWER_AGE_S_MAX):
+                    self._unread.discard(ident)
                     answers.append(known[0])
                     continue
                 answers.append(Status.PENDING)
@@ -65,11 +70,13 @@ class LookupCache:
             return
         with self._lock:
             self._answers.pop(ident, None)
+            self._unread.discard(ident)
             self._running.discard(ident)
 
     def clear(self) -> None:
         with self._lock:
             self._answers.clear()
+            self._unread.clear()
             self._running.clear()
 
     def _run(self) -> None:
@@ -95,6 +102,7 @@ class LookupCache:
                 if ident in self._running:  # not invalidated meanwhile
                     self._answers[ident] = (Status.HIT if present else Status.MISS, now_s)
                     self._answers.move_to_end(ident)
+                    self._unread.add(ident)
             self._running.difference_update(batch)
             while len(self._answers) > ANSWERS_MAX:
-                self._answers.popitem(last=False)
+                self._unread.discard(self._answers.popitem(last=False)[0])
