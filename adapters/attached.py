@@ -5,14 +5,15 @@ Only wrong settings raise, and only when the engine starts: nobody reads a log l
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ..engine.config import StoreConfig
-from ..engine.contract import Block, BlockSpace, GetJob, PutJob, Refusal, Status, Store
+from ..engine.contract import Block, BlockSpace, GetJob, LoadEstimate, PutJob, Refusal, Status, Store
 from ..engine.jobs import refused
-from ..engine.opening import open_store
+from ..engine.opening import follow_store, open_store
 from ..format.errors import InvalidConfig, KvlodeError
 from ..format.namespace import Namespace
 
@@ -34,8 +35,10 @@ class AttachedStore:
         self.reason = reason
 
     @classmethod
-    def open(cls, options: Mapping[str, Any], *, where: str) -> AttachedStore:
+    def open(cls, options: Mapping[str, Any], *, where: str, follow: bool = False) -> AttachedStore:
         """``options``: ``path`` and whatever ``kvlode.open`` takes; ``where`` names the engine's setting in messages.
+
+        ``follow``: only ever read, so that a process that has nothing to write does not take the lock from the one that has.
 
         Raises ``InvalidConfig`` for options that no store has. A store that cannot be opened is reported once and then absent.
         """
@@ -44,7 +47,7 @@ class AttachedStore:
             raise InvalidConfig("an adapter needs the folder of its store", where=where, expected="path: a folder", actual=path)
         config = StoreConfig.build(**(DEFAULTS | {name: value for name, value in options.items() if name not in OWN_OPTIONS}))
         try:
-            return cls(open_store(path, config))
+            return cls(follow_store(path, config) if follow else open_store(path, config))
         except InvalidConfig:
             raise
         except (KvlodeError, OSError) as error:
@@ -109,6 +112,18 @@ class QuietSpace:
     def get_many_into(self, keys: Sequence[bytes], outs: Sequence[Block], *, timeout: float) -> list[Status]:
         """See ``BlockSpace.get_many_into``; here the deadline is a duty."""
         return self._try("get", lambda space: space.get_many_into(keys, outs, timeout=timeout), [Status.IO_ERROR] * len(keys))
+
+    @contextlib.contextmanager
+    def pin(self, keys: Sequence[bytes]) -> Iterator[int]:
+        """See ``BlockSpace.pin``. After a failure nothing is kept, so that a load inside the ``with`` may be a miss."""
+        held = contextlib.ExitStack()
+        try:
+            yield self._try("pin", lambda space: held.enter_context(space.pin(keys)), 0)
+        finally:
+            _quietly("unpin", held.close, None)
+
+    def estimate(self, keys: Sequence[bytes]) -> LoadEstimate:
+        return self._try("estimate", lambda space: space.estimate(keys), LoadEstimate(0, 0, 0.0))
 
     def touch(self, keys: Sequence[bytes]) -> None:
         self._try("touch", lambda space: space.touch(keys), None)
