@@ -53,17 +53,19 @@ def tag_digest(tag: str | bytes | None) -> bytes:
     return hashlib.blake2b(data, digest_size=DIGEST_BYTES, person=TAG_PERSON).digest()
 
 
-def prefix_keys(tokens: Sequence[int] | Any, block_tokens: int, salt: bytes = b"") -> list[bytes]:
+def prefix_keys(tokens: Sequence[int] | Any, block_tokens: int, salt: bytes = b"", *, parent: bytes | None = None) -> list[bytes]:
     """One 32-byte key for each full block of ``block_tokens`` tokens; equal prefixes give equal keys.
 
     ``key[i] = BLAKE2b-256(key[i - 1] + tokens of block i as little-endian u64)`` and ``key[-1] = BLAKE2b-256(salt)``,
     all personalised with ``kvlode-prefix``. Tokens of an incomplete last block are left out. ``salt`` separates what must not
-    be shared (a tenant, an adapter). ``tokens`` is any 1-D sequence of integers, NumPy array or CPU tensor.
+    be shared (a tenant, an adapter). ``tokens`` is any 1-D sequence of integers, NumPy array or CPU tensor. ``parent`` goes on
+    behind the block of that key (whose salt counts), so that a growing sequence need not be hashed again.
     """
     if block_tokens < 1:
         raise InvalidKey("a block must have tokens", expected="block_tokens >= 1", actual=block_tokens)
     ids = _token_array(tokens)
-    parent = hashlib.blake2b(salt, digest_size=PREFIX_KEY_BYTES, person=PREFIX_PERSON).digest()
+    if parent is None:
+        parent = hashlib.blake2b(salt, digest_size=PREFIX_KEY_BYTES, person=PREFIX_PERSON).digest()
     keys: list[bytes] = []
     for start in range(0, len(ids) - block_tokens + 1, block_tokens):
         digest = hashlib.blake2b(parent, digest_size=PREFIX_KEY_BYTES, person=PREFIX_PERSON)

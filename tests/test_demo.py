@@ -1,4 +1,7 @@
-"""The demo's parts on a tiny model, and the demo itself on a short prompt: what comes back gives the same tokens."""
+"""The demo: a table or a JSON object of what its two processes found out, and the whole of it on a short prompt.
+
+How prefixes are stored and restored is tested in ``test_transformers_adapter.py``.
+"""
 
 from __future__ import annotations
 
@@ -8,102 +11,42 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
+from rich.console import Console
 
-from kvlode import MemoryStore
-from kvlode.tools.demo import JSON_KEYS
-from kvlode.tools.demo_cache import CacheGeometry, restore_prefix, store_prefix
+from kvlode.tools import demo
+from kvlode.tools.demo import JSON_KEYS, run_demo
 
-BLOCK_TOKENS = 8
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    """A Llama of two layers with grouped heads and random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
-    )
-    return LlamaForCausalLM(config).eval()
+FACTS: dict[str, dict[str, Any]] = {
+    "store": {"blocks": 2, "raw_bytes": 3000, "stored_bytes": 2000},
+    "restore": {
+        "tokens_equal": True,
+        "prompt_tokens": 540,
+        "restored_tokens": 512,
+        "ttft_recompute_s": 2.0,
+        "ttft_restore_s": 0.25,
+        "io_path": "direct",
+        "answer": "a",
+    },
+}
 
 
-@pytest.fixture
-def space(model: Any) -> Any:
-    return MemoryStore(capacity="64MiB").namespace(CacheGeometry.of(model, BLOCK_TOKENS).namespace("tiny", "r1"))
-
-
-def computed_cache(model: Any, tokens: list[int]) -> Any:
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=model.config)
-    with torch.inference_mode():
-        model(torch.tensor([tokens]), past_key_values=cache)
-    return cache
-
-
-def tokens_of(count: int, seed: int = 1) -> list[int]:
-    return np.random.default_rng(seed).integers(0, 97, count).tolist()
-
-
-def greedy(model: Any, tokens: list[int], cache: Any) -> list[int]:
-    inputs = torch.tensor([tokens])
-    mask = torch.ones_like(inputs)
-    output = model.generate(inputs, attention_mask=mask, past_key_values=cache, do_sample=False, max_new_tokens=6, pad_token_id=0)
-    return output[0, len(tokens) :].tolist()
-
-
-def test_a_restored_prefix_holds_the_same_keys_and_values(model: Any, space: Any) -> None:
-    tokens = tokens_of(3 * BLOCK_TOKENS + 5)
-    cache = computed_cache(model, tokens)
-    geometry = CacheGeometry.of(model, BLOCK_TOKENS)
-    assert store_prefix(space, geometry, tokens, cache) == 3
-    restored, count = restore_prefix(space, geometry, tokens, model.config)
-    assert count == 3 * BLOCK_TOKENS
-    for ours, theirs in zip(restored.layers, cache.layers, strict=True):
-        assert torch.equal(ours.keys, theirs.keys[:, :, :count]) and torch.equal(ours.values, theirs.values[:, :, :count])
-
-
-def test_generation_from_a_restored_prefix_gives_the_tokens_of_a_full_computation(model: Any, space: Any) -> None:
-    tokens = tokens_of(5 * BLOCK_TOKENS + 3)
-    geometry = CacheGeometry.of(model, BLOCK_TOKENS)
-    store_prefix(space, geometry, tokens, computed_cache(model, tokens))
-    restored, count = restore_prefix(space, geometry, tokens, model.config)
-    assert count == 5 * BLOCK_TOKENS
-    assert greedy(model, tokens, restored) == greedy(model, tokens, None)
-
-
-def test_at_least_one_token_of_the_prompt_is_left_to_compute(model: Any, space: Any) -> None:
-    tokens = tokens_of(4 * BLOCK_TOKENS)
-    geometry = CacheGeometry.of(model, BLOCK_TOKENS)
-    assert store_prefix(space, geometry, tokens, computed_cache(model, tokens)) == 4
-    restored, count = restore_prefix(space, geometry, tokens, model.config)
-    assert count == 3 * BLOCK_TOKENS
-    assert greedy(model, tokens, restored) == greedy(model, tokens, None)
-
-
-def test_only_the_shared_part_of_another_prompt_is_restored(model: Any, space: Any) -> None:
-    tokens = tokens_of(4 * BLOCK_TOKENS)
-    geometry = CacheGeometry.of(model, BLOCK_TOKENS)
-    store_prefix(space, geometry, tokens, computed_cache(model, tokens))
-    other = tokens[: 2 * BLOCK_TOKENS + 3] + tokens_of(20, seed=2)
-    restored, count = restore_prefix(space, geometry, other, model.config)
-    assert count == 2 * BLOCK_TOKENS
-    assert greedy(model, other, restored) == greedy(model, other, None)
-    assert restore_prefix(space, geometry, tokens_of(30, seed=4), model.config)[1] == 0
-
-
-def test_a_block_in_the_middle_that_was_lost_ends_the_prefix(model: Any, space: Any) -> None:
-    from kvlode import prefix_keys
-
-    tokens = tokens_of(4 * BLOCK_TOKENS + 1)
-    geometry = CacheGeometry.of(model, BLOCK_TOKENS)
-    store_prefix(space, geometry, tokens, computed_cache(model, tokens))
-    space.delete([prefix_keys(tokens, BLOCK_TOKENS)[2]])
-    assert restore_prefix(space, geometry, tokens, model.config)[1] == 2 * BLOCK_TOKENS
+@pytest.mark.parametrize("equal", [True, False])
+@pytest.mark.parametrize("as_json", [True, False])
+def test_the_demo_tells_what_its_processes_found(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, equal: bool, as_json: bool
+) -> None:
+    found = {step: facts | ({"tokens_equal": equal} if step == "restore" else {}) for step, facts in FACTS.items()}
+    monkeypatch.setattr(demo, "_run_step", lambda name, options, console: dict(found[name]))
+    code = run_demo(dtype="bfloat16", store=tmp_path, as_json=as_json, document_tokens=520, console=Console(stderr=True))
+    assert code == (0 if equal else 1)
+    output = capsys.readouterr().out
+    if as_json:
+        facts = json.loads(output.splitlines()[-1])
+        assert tuple(facts) == JSON_KEYS
+        assert facts["ttft_ratio"] == 8.0 and facts["compression_ratio"] == 1.5
+    else:
+        assert ("yes" if equal else "NO") in output and "8.0 x" in output
 
 
 @pytest.mark.slow

@@ -57,10 +57,9 @@ def revision_of(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def load_model(dtype: str) -> DemoModel:
-    """Load the model in ``bfloat16`` or ``float32``, on the CPU, without a network."""
+def model_folder() -> tuple[Path, str]:
+    """The model as an ordinary folder (made the first time), and its revision. Without a network."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    import torch
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -70,6 +69,15 @@ def load_model(dtype: str) -> DemoModel:
     folder = cache_folder() / f"{MODEL_NAME}-{revision[:16]}"
     if not (folder / "config.json").is_file():
         _convert(weights, folder)
+    return folder, revision
+
+
+def load_model(dtype: str) -> DemoModel:
+    """Load the model in ``bfloat16`` or ``float32``, on the CPU, without a network."""
+    folder, revision = model_folder()
+    import torch
+    import transformers
+
     torch_dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

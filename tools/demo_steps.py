@@ -9,13 +9,14 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..adapters.transformers import PrefixCache
 from ..engine.config import StoreConfig
 from ..engine.opening import open_store
 from ..format.errors import KvlodeError
-from .demo_cache import CacheGeometry, restore_prefix, store_prefix
 from .demo_model import MODEL_NAME, DemoModel, document, load_model
 
 BLOCK_TOKENS = 256
@@ -50,14 +51,18 @@ def open_for_demo(path: str) -> Any:
     return open_store(path, StoreConfig.build(capacity="2GiB", buffer="96MiB", put_timeout_s=60.0))
 
 
-def _prepare(options: StepOptions) -> tuple[DemoModel, list[int], CacheGeometry]:
+def _prepare(options: StepOptions) -> tuple[DemoModel, list[int]]:
     import torch
 
     torch.manual_seed(0)
     torch.set_num_threads(os.cpu_count() or 1)
     say("progress", text=f"loading {MODEL_NAME} in {options.dtype} (the first time converts the weights)")
     model = load_model(options.dtype)
-    return model, prompt_of(model, options.document_tokens), CacheGeometry.of(model.model, BLOCK_TOKENS)
+    return model, prompt_of(model, options.document_tokens)
+
+
+def _prefixes(store: Any, model: DemoModel) -> PrefixCache:
+    return PrefixCache(store, model.model, tokens_per_block=BLOCK_TOKENS, name=MODEL_NAME, revision=model.revision)
 
 
 def store_step(options: StepOptions) -> dict[str, Any]:
@@ -65,15 +70,14 @@ def store_step(options: StepOptions) -> dict[str, Any]:
     import torch
     from transformers import DynamicCache
 
-    model, tokens, geometry = _prepare(options)
+    model, tokens = _prepare(options)
     say("progress", text=f"computing a prompt of {len(tokens)} tokens")
     cache = DynamicCache(config=model.model.config)
     with torch.inference_mode():
         model.model(torch.tensor([tokens]), past_key_values=cache, logits_to_keep=1)
     with open_for_demo(options.store) as store:
         say("progress", text="storing its KV cache")
-        space = store.namespace(geometry.namespace(MODEL_NAME, model.revision))
-        stored = store_prefix(space, geometry, tokens, cache)
+        stored = _prefixes(store, model).save(cache, torch.tensor([tokens]))
         if not store.flush(60.0):
             raise KvlodeError("the prefix could not be flushed", where=options.store, actual=store.stats()["counters"])
         counters = store.stats()["counters"]
@@ -82,24 +86,22 @@ def store_step(options: StepOptions) -> dict[str, Any]:
 
 def restore_step(options: StepOptions) -> dict[str, Any]:
     """Answer from the restored prefix and from scratch, with the same greedy settings."""
-    model, tokens, geometry = _prepare(options)
+    model, tokens = _prepare(options)
     _warm_up(model, tokens)
     store = open_for_demo(options.store)
     try:
         say("progress", text="restoring the prefix from the drive")
-        space = store.namespace(geometry.namespace(MODEL_NAME, model.revision))
-        started = time.perf_counter()
-        cache, restored_tokens = restore_prefix(space, geometry, tokens, model.model.config)
-        restored, ttft_restore_s = _generate(model, tokens, cache, options.answer_tokens, started)
+        prefixes = _prefixes(store, model)
+        restored, ttft_restore_s = _generate(model, prefixes.generate, tokens, options.answer_tokens)
         io_path = _busiest_path(store.stats()["io"])
     finally:
         store.close()
     say("progress", text=f"computing all {len(tokens)} tokens again, to compare")
-    recomputed, ttft_recompute_s = _generate(model, tokens, None, options.answer_tokens)
+    recomputed, ttft_recompute_s = _generate(model, model.model.generate, tokens, options.answer_tokens)
     return {
         "tokens_equal": restored == recomputed,
         "prompt_tokens": len(tokens),
-        "restored_tokens": restored_tokens,
+        "restored_tokens": prefixes.counters.restored_tokens,
         "ttft_recompute_s": ttft_recompute_s,
         "ttft_restore_s": ttft_restore_s,
         "io_path": io_path,
@@ -108,24 +110,20 @@ def restore_step(options: StepOptions) -> dict[str, Any]:
 
 
 def _warm_up(model: DemoModel, tokens: list[int]) -> None:
-    """First calls set up thread pools and kernels, with and without a cache: not part of either figure."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=model.model.config)
-    _generate(model, tokens[:32], cache, 2)
-    _generate(model, tokens[:48], cache, 2)
+    """First calls set up thread pools and kernels: not part of either figure."""
+    _generate(model, model.model.generate, tokens[:32], 2)
+    _generate(model, model.model.generate, tokens[:48], 2)
 
 
-def _generate(model: DemoModel, tokens: list[int], cache: Any, count: int, started: float | None = None) -> tuple[list[int], float]:
-    """Greedy tokens after a prompt, and the seconds from ``started`` (default: now) to the first of them."""
+def _generate(model: DemoModel, generate: Callable[..., Any], tokens: list[int], count: int) -> tuple[list[int], float]:
+    """Greedy tokens after a prompt, by ``generate`` of the model or of its prefixes, and the seconds to the first of them."""
     import torch
 
-    clock = _FirstToken(started if started is not None else time.perf_counter())
     inputs = torch.tensor([tokens])
-    output = model.model.generate(
+    clock = _FirstToken(time.perf_counter())
+    output = generate(
         inputs,
         attention_mask=torch.ones_like(inputs),
-        past_key_values=cache,
         do_sample=False,
         max_new_tokens=count,
         pad_token_id=model.tokenizer.eos_token_id,
