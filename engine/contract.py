@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from ..format.namespace import Namespace
+from .events import EventBatch
 
 Block: TypeAlias = Any
 """A contiguous CPU or CUDA ``torch.Tensor``, any C-contiguous buffer-protocol object (NumPy array, memoryview,
@@ -101,6 +102,18 @@ class BlockInfo:
     """16-byte digest of the tag given at put, all zero without one."""
     meta: bytes
     durable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LoadEstimate:
+    """What loading some blocks would take, as far as that can be told without reading them."""
+
+    raw_bytes: int
+    """Bytes in the destinations."""
+    stored_bytes: int
+    """Payload bytes to be read from the drive, and ``raw_bytes`` for blocks that are served from memory."""
+    seconds: float
+    """At the rate of recent reads, those of other jobs included; before the first read, at that of a common NVMe drive (1 GB/s)."""
 
 
 class PutJob(Protocol):
@@ -232,6 +245,13 @@ class BlockSpace(Protocol):
         """Facts about each key (reads one page a block that is on disk); ``None`` when it is not stored."""
         ...
 
+    def estimate(self, keys: Sequence[bytes]) -> LoadEstimate:
+        """What loading these blocks would take; keys that are not stored count nothing. Asks the index, and reads no block.
+
+        Loading is not always faster than computing: a host that knows what computing would take compares, and computes instead.
+        """
+        ...
+
     def touch(self, keys: Sequence[bytes]) -> None:
         """Count a use of each key and of its ancestors, so that reclaim keeps them."""
         ...
@@ -265,6 +285,14 @@ class Store(Protocol):
 
         Durable means in the log: an index that could not be synced (``index_write_errors``) is brought up to date from there by
         the next open, also after a crash, and does not make the answer False.
+        """
+        ...
+
+    def events(self, since: object = None) -> EventBatch:
+        """What became durable, was removed or was cleared since an earlier call (``EventBatch.next``); ``None``: all that is remembered.
+
+        Only what this process wrote and reclaimed: a follower's writer tells of the rest. Raises ``InvalidConfig`` for a place that
+        no call gave.
         """
         ...
 

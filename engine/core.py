@@ -119,7 +119,7 @@ class Core:
             self.counters,
             self._on_useless,
         )
-        self.lookups = LookupCache(lambda idents: self.live(list(idents)))
+        self.lookups = LookupCache(self._present)
         if recovered is not None:
             self._wire_writer(recovered)
         self.lookups.start()
@@ -205,6 +205,13 @@ class Core:
             self._catch_up()
         return self.catalog.live(idents, self.clock.now_ns())
 
+    def _present(self, idents: Sequence[bytes]) -> list[bool]:
+        """For lookups in the background. The buffer comes first: what leaves it is in the index by then, while a MISS of the index for a
+        block that is only in the buffer would be remembered beyond the flush."""
+        buffered = [entry is not None and entry.kind is Kind.BLOCK for entry in map(self.buffer.entries.get, idents)]
+        found = iter(self.live([ident for ident, known in zip(idents, buffered, strict=True) if not known]))
+        return [known or next(found) for known in buffered]
+
     def find(self, idents: Sequence[bytes]) -> list[IndexEntry | None]:
         if self._catch_up is not None:
             self._catch_up()
@@ -237,8 +244,8 @@ class Core:
         """Drop an index entry that turned out to be useless, if it still points at that record."""
         self.counters.add(counter)
         self.lookups.invalidate(ident)
+        self.catalog.hide(ident, entry.segment_id, entry.offset)  # whoever asks or puts now must not wait for the commit thread
         if not self.follower:
-            self.catalog.hide(ident, entry.segment_id, entry.offset)  # whoever asks or puts now must not wait for the commit thread
             self.commit.call(lambda: self.catalog.drop_if_at([(ident, entry.segment_id, entry.offset)]))
 
     def _on_useless(self, request: ReadRequest, error: FormatError | None) -> None:

@@ -62,7 +62,7 @@ class CompletionQueue:
                 os.close(self._descriptor)
 
 
-class _Job:
+class Job:
     """What both kinds of job share: an end that is reached once, and its announcement."""
 
     def __init__(self, queue: Any | None) -> None:
@@ -87,7 +87,7 @@ class _Job:
             self._queue.push(self)
 
 
-class ReadJob(_Job):
+class ReadJob(Job):
     """A ``GetJob``. The store settles one key after the other; memory of the caller is only touched inside ``delivering``.
 
     The gate makes deadlines safe: ``abandon`` waits for the deliveries that are running and refuses all later
@@ -170,7 +170,7 @@ class ReadJob(_Job):
         self._finish()
 
 
-class WriteJob(_Job):
+class WriteJob(Job):
     """A ``PutJob``: per key ACCEPTED, later DURABLE; done at acceptance (``copy``) or when settled (``borrow``)."""
 
     def __init__(self, count: int, queue: Any | None = None, *, borrow: bool = False) -> None:

@@ -11,53 +11,22 @@ import contextlib
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
-
-import numpy as np
 
 from ..format.checksum import xxh3_64
 from ..format.errors import InvalidConfig, StoreClosed
 from ..format.keys import check_key, check_meta, tag_digest
 from ..format.layout import ZERO_DIGEST
 from ..format.namespace import Namespace
-from .blocks import BlockView, HostSpan, view_block
+from .blocks import BlockView, view_block
 from .config import Clock, SystemClock, parse_bytes
-from .contract import Block, BlockInfo, PutStatus, Refusal, Status
+from .contract import Block, BlockInfo, LoadEstimate, PutStatus, Refusal, Status
+from .events import EventBatch, EventKind, EventLog
 from .jobs import ACCEPTED, DURABLE, EXISTS, ReadJob, WriteJob, refused
+from .memory_block import MemoryBlock
+from .read_rate import MEMORY_BYTES_PER_S
 from .stats import Counters
-
-
-class _Block:
-    """One stored block. ``data`` never changes; the rest is guarded by the store's lock."""
-
-    __slots__ = ("checksum", "data", "depth", "durable", "expires_at_ns", "meta", "on_durable", "parent", "pins", "tag", "written_at_ns")
-
-    def __init__(self, parent: bytes | None, written_at_ns: int, expires_at_ns: int, tag: bytes, meta: bytes) -> None:
-        self.parent = parent
-        self.written_at_ns = written_at_ns
-        self.expires_at_ns = expires_at_ns
-        self.tag = tag
-        self.meta = meta
-        self.data: HostSpan = np.empty(0, dtype=np.uint8)
-        self.checksum = 0
-        self.depth = 0
-        self.pins = 0
-        self.durable = False
-        self.on_durable: Callable[[PutStatus], None] | None = None
-
-    def fill(self, view: BlockView) -> None:
-        """Copy the host's bytes, outside any lock."""
-        self.data = np.empty(view.nbytes, dtype=np.uint8)
-        view.copy_to_host([self.data])
-        self.checksum = xxh3_64(self.data)
-
-    def settle(self, status: PutStatus) -> None:
-        """Tell the job that put it, once."""
-        self.durable = bool(status)
-        callback, self.on_durable = self.on_durable, None
-        if callback is not None:
-            callback(status)
 
 
 class MemoryStore:
@@ -73,9 +42,10 @@ class MemoryStore:
         self.pending_first = pending_first
         self.lock = threading.RLock()
         self.counters = Counters()
+        self.told = EventLog()
         self.raw_bytes = 0
         # Least recently used first: what capacity takes away next stands at the front.
-        self.blocks: OrderedDict[bytes, _Block] = OrderedDict()
+        self.blocks: OrderedDict[bytes, MemoryBlock] = OrderedDict()
         self._spaces: dict[bytes, MemorySpace] = {}
         self._closed = False
 
@@ -98,10 +68,16 @@ class MemoryStore:
         """Every accepted block counts as durable from now on; never waits, always True."""
         self.check_usable()
         with self.lock:
-            for block in self.blocks.values():
+            for ident, block in self.blocks.items():
                 if not block.durable:
                     block.settle(DURABLE)
+                    self.told.add(EventKind.STORED, [ident])
         return True
+
+    def events(self, since: object = None) -> EventBatch:
+        """See ``contract.Store.events``."""
+        self.check_usable()
+        return self.told.batch(since)
 
     def stats(self) -> Mapping[str, Any]:
         """Counters and gauges; see ``contract.Store.stats``."""
@@ -131,16 +107,16 @@ class MemoryStore:
         if self._closed:
             raise StoreClosed("the store is closed", where="a MemoryStore", action="Make a new one; its blocks are gone.")
 
-    def live(self, ident: bytes) -> _Block | None:
+    def live(self, ident: bytes) -> MemoryBlock | None:
         """The block under a key unless it is absent or expired; call under ``lock``."""
         block = self.blocks.get(ident)
         return None if block is None or self.expired(block) else block
 
-    def expired(self, block: _Block) -> bool:
+    def expired(self, block: MemoryBlock) -> bool:
         """Whether a block's time has passed, by the store's clock."""
         return block.expires_at_ns != 0 and self.clock.now_ns() >= block.expires_at_ns
 
-    def insert(self, ident: bytes, block: _Block) -> PutStatus:
+    def insert(self, ident: bytes, block: MemoryBlock) -> PutStatus:
         """Add a filled block, making room for it; call under ``lock``."""
         if self.live(ident) is not None:
             return EXISTS
@@ -161,8 +137,19 @@ class MemoryStore:
         block = self.blocks.pop(ident, None)
         if block is not None:
             self.raw_bytes -= block.data.nbytes
-            if not block.durable:
+            if block.durable:
+                self.told.add(EventKind.REMOVED, [ident])
+            else:
                 block.settle(status)
+
+    def clear(self, digest: bytes) -> None:
+        """Forget the blocks of a namespace; call under ``lock``."""
+        for ident in [ident for ident in self.blocks if ident.startswith(digest)]:
+            block = self.blocks.pop(ident)
+            self.raw_bytes -= block.data.nbytes
+            if not block.durable:
+                block.settle(refused(Refusal.DELETED))
+        self.told.add(EventKind.CLEARED, [digest])
 
     def _make_room(self, nbytes: int) -> bool:
         """Take away least recently used blocks that nobody pinned; False (and nothing taken) when that would not do."""
@@ -254,7 +241,7 @@ class MemorySpace:
         check_key(key)
         return view_block(block, writable=False, dtype=self.descriptor.dtype, bytes_max=self.descriptor.block_bytes_max)
 
-    def _new_block(self, parent: bytes | None, ttl: float | None, tag: str | bytes | None, meta: bytes) -> _Block:
+    def _new_block(self, parent: bytes | None, ttl: float | None, tag: str | bytes | None, meta: bytes) -> MemoryBlock:
         check_meta(meta)
         if parent is not None:
             check_key(parent)
@@ -264,9 +251,9 @@ class MemorySpace:
             if not (ttl > 0 and math.isfinite(ttl)):
                 raise InvalidConfig("ttl cannot be used", expected="a positive number of seconds, or None", actual=ttl)
             expires_at_ns = now_ns + int(ttl * 1e9)
-        return _Block(parent, now_ns, expires_at_ns, tag_digest(tag) if tag is not None else ZERO_DIGEST, meta)
+        return MemoryBlock(parent, now_ns, expires_at_ns, tag_digest(tag) if tag is not None else ZERO_DIGEST, meta)
 
-    def _put_one(self, key: bytes, view: BlockView, block: _Block, *, durable: bool = False) -> PutStatus:
+    def _put_one(self, key: bytes, view: BlockView, block: MemoryBlock, *, durable: bool = False) -> PutStatus:
         store, ident = self._store, self.digest + key
         with store.lock:
             if store.live(ident) is not None:
@@ -304,7 +291,14 @@ class MemorySpace:
     def info(self, keys: Sequence[bytes]) -> list[BlockInfo | None]:
         self._store.check_usable()
         with self._store.lock:
-            return [_info(self._store.live(self.digest + key)) for key in keys]
+            return [None if block is None else block.info() for block in (self._store.live(self.digest + key) for key in keys)]
+
+    def estimate(self, keys: Sequence[bytes]) -> LoadEstimate:
+        self._store.check_usable()
+        with self._store.lock:
+            live = [block for key in keys if (block := self._store.live(self.digest + key)) is not None]
+        size_bytes = sum(block.data.nbytes for block in live)
+        return LoadEstimate(size_bytes, size_bytes, size_bytes / MEMORY_BYTES_PER_S)
 
     def submit_get(self, keys: Sequence[bytes], outs: Sequence[Block], *, stream: Any | None = None, queue: Any | None = None) -> ReadJob:
         self._store.check_usable()
@@ -381,18 +375,10 @@ class MemorySpace:
     def drop(self) -> None:
         self._store.check_usable()
         with self._store.lock:
-            for ident in [ident for ident in self._store.blocks if ident.startswith(self.digest)]:
-                self._store.remove(ident, refused(Refusal.DELETED))
+            self._store.clear(self.digest)
         self._store.counters.add("dropped_namespaces")
 
 
 def _check_lengths(name: str, keys: int, others: int) -> None:
     if keys != others:
         raise InvalidConfig(f"keys and {name} differ in number", expected=f"{keys} {name}", actual=others)
-
-
-def _info(block: _Block | None) -> BlockInfo | None:
-    if block is None:
-        return None
-    size, expires = block.data.nbytes, block.expires_at_ns or None
-    return BlockInfo(size, size, block.written_at_ns, expires, block.depth, block.tag, block.meta, block.durable)

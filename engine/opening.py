@@ -86,6 +86,18 @@ def follow_store(path: str | os.PathLike[str], config: StoreConfig, environment:
         return DiskStore(active)
 
 
+def follow_beside(path: str | os.PathLike[str], config: StoreConfig, environment: Environment | None = None) -> DiskStore:
+    """Follow a store by a handle that is shared with nobody.
+
+    It does not keep this process from opening the store for writing later, and opening it holds up no other opening or closing, however
+    long the drive takes to answer.
+    """
+    opened = OpenStore(_open_follower(os.path.abspath(os.fspath(path)), config, environment or Environment()))
+    with registry.lock:
+        registry.add(opened, shared=False)
+        return DiskStore(opened)
+
+
 def _open_core(path: str, config: StoreConfig, environment: Environment) -> Core:
     with contextlib.ExitStack() as undo:
         if environment.device is None:

@@ -29,6 +29,7 @@ from .arena import Bytes
 from .contract import Status
 from .delivery import STRIPES_PER_TASK, Delivery, ReadRequest, whole_pages
 from .jobs import ReadJob
+from .read_rate import ReadRate
 from .segments import SegmentTable
 from .stats import Counters
 
@@ -86,6 +87,8 @@ class Reader:
         self._bounce = bounce
         self._counters = counters
         self._on_useless = on_useless
+        self.rate = ReadRate()
+        """Of stored payload bytes."""
         self._lock = threading.Lock()
         self._turns = threading.Semaphore(max(1, read_pool.threads * 5 // 8))
 
@@ -113,12 +116,17 @@ class Reader:
         extent = _next(reads)
         if extent is None:
             return
+        self.rate.begin()
+        delivered_bytes = 0
         try:
-            self._read(reads.job, extent, reads.stream)
+            delivered_bytes = self._read(reads.job, extent, reads.stream)
         except Exception as error:
             self._counters.add("read_errors")
             logger.warning("%s", error, exc_info=None if isinstance(error, DeviceError) else error)
+            _forget_frames(error)
             self._settle(reads.job, extent, Status.IO_ERROR)
+        finally:
+            self.rate.end(delivered_bytes)
         if reads.extents:
             self._enqueue(reads)
 
@@ -146,18 +154,21 @@ class Reader:
 
     # --- reading ----------------------------------------------------------------------------------------------
 
-    def _read(self, job: ReadJob, extent: _Extent, stream: Any) -> None:
-        """Read an extent and deliver its blocks. An error means that none of them was settled and nothing reads into them any more."""
+    def _read(self, job: ReadJob, extent: _Extent, stream: Any) -> int:
+        """Read an extent and deliver its blocks; how many stored bytes of them were read.
+
+        An error means that none of them was settled and nothing reads into them any more.
+        """
         file = None if job.cancelled else self._segments.pin(extent.segment_id)
         if file is None:
             self._not_read(job, extent)
-            return
+            return 0
         try:
             buffers = self._lay_out(extent)
             if job.cancelled:  # while it waited for bounce memory
                 self._release_slot(extent)
                 self._settle(job, extent, Status.CANCELLED)
-                return
+                return 0
             with self._turns:
                 read_bytes = file.read_now(extent.start, buffers)
             self._check_length(extent, file, read_bytes)
@@ -169,6 +180,7 @@ class Reader:
         for request in extent.requests:
             complete = request.entry.offset + request.record_bytes <= extent.start + read_bytes
             self._check_and_deliver(job, extent, request, complete, stream)
+        return sum(request.entry.stored_length for request in extent.requests)
 
     def _not_read(self, job: ReadJob, extent: _Extent) -> None:
         """Cancelled; or freed since the index was asked, or its file is lost: the entry must not promise it for ever."""
@@ -262,6 +274,7 @@ class Reader:
             job.settle(request.position, Status.HIT, verified=verified)
             return
         self._counters.add("corrupt_reads")
+        _forget_frames(error)
         logger.error("%s", error)
         self._on_useless(request, error)
         job.settle(request.position, Status.CORRUPT)
@@ -282,6 +295,13 @@ class Reader:
     def _settle(job: ReadJob, extent: _Extent, status: Status) -> None:
         for request in extent.requests:
             job.settle(request.position, status)
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Whoever keeps an error (a log handler, say) must not keep destinations by its frames: they are the host's to unmap."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def _next(reads: _Reads) -> _Extent | None:

@@ -124,14 +124,14 @@ class Registry:
                     return
             active.wait_closed(max(0.0, deadline_s - time.monotonic()))
 
-    def add(self, store: OpenStore) -> None:
-        """Remember an open store; call under ``lock``."""
+    def add(self, store: OpenStore, *, shared: bool = True) -> None:
+        """Remember an open store; call under ``lock``. One that is not ``shared`` is closed at exit too, and found by nobody."""
         if not self._closes_at_exit:
             # Exit handlers run last first. By now those of the worker threads and of RocksDB are registered: they run after
             # this one, which still needs both to write the last blocks.
             self._closes_at_exit = True
             atexit.register(self.close_all)
-        self._stores[self.identity(store.core.path)] = store
+        self._stores[self.identity(store.core.path) if shared else (-1, id(store))] = store
 
     def remove(self, store: OpenStore) -> None:
         with self.lock:

@@ -15,10 +15,11 @@ from ..format.keys import check_key, check_meta, key_digest, tag_digest
 from ..format.layout import ZERO_DIGEST
 from ..format.namespace import Namespace
 from .blocks import BlockView, copy_spans, cut_spans, view_block
-from .contract import Block, BlockInfo, PutStatus, Refusal, Status
+from .contract import Block, BlockInfo, LoadEstimate, PutStatus, Refusal, Status
 from .entry import Entry, Kind
 from .jobs import ACCEPTED, EXISTS, ReadJob, WriteJob, refused
 from .namespaces import NamespaceState
+from .read_rate import MEMORY_BYTES_PER_S
 from .reading import read_blocks
 
 if TYPE_CHECKING:
@@ -135,8 +136,8 @@ class Space:
             reserved = core.buffer.reserve(entry, view.nbytes, core.config.put_timeout_s, now_ns=entry.written_at_ns, own_memory=copy)
             if reserved:
                 entry.raw_checksum = _fill(entry, view) if copy else _lend(entry, view)
-                core.lookups.invalidate(entry.ident)
                 core.buffer.publish(entry)
+                core.lookups.invalidate(entry.ident)  # after it: a lookup that starts now finds the block in the buffer
         except BaseException:  # an interrupt in the middle of the copy must not leave a half-filled block behind
             core.buffer.withdraw(entry)
             raise
@@ -173,10 +174,10 @@ class Space:
         now_ns = core.clock.now_ns()
         entries = core.buffer.entries
         if not entries:
-            return core.catalog.live(idents, now_ns)
+            return core.live(idents)
         answers: list[bool | None] = [self._buffered(entries.get(ident), now_ns) for ident in idents]
         unknown = [position for position, answer in enumerate(answers) if answer is None]
-        for position, live in zip(unknown, core.catalog.live([idents[p] for p in unknown], now_ns) if unknown else (), strict=True):
+        for position, live in zip(unknown, core.live([idents[p] for p in unknown]) if unknown else (), strict=True):
             answers[position] = live
         return [bool(answer) for answer in answers]
 
@@ -242,6 +243,25 @@ class Space:
     def info(self, keys: Sequence[bytes]) -> list[BlockInfo | None]:
         self._core.check_usable()
         return self._core.in_background(lambda: [self._core.block_info(self.digest + key) for key in keys])
+
+    def estimate(self, keys: Sequence[bytes]) -> LoadEstimate:
+        core = self._core
+        core.check_usable()
+        now_ns = core.clock.now_ns()
+        buffered_bytes, unknown = 0, []
+        for key in keys:
+            ident = self.digest + key
+            entry = core.buffer.entries.get(ident)
+            known = self._buffered(entry, now_ns)
+            if known is None:
+                unknown.append(ident)
+            elif known and entry is not None:
+                buffered_bytes += entry.size_bytes
+        found = [entry for entry in core.find(unknown) if entry is not None] if unknown else []
+        live = [entry for entry in found if not 0 < entry.expires_at_ns <= now_ns]
+        stored_bytes = sum(entry.stored_length for entry in live)
+        seconds = core.reader.rate.seconds_for(stored_bytes) + buffered_bytes / MEMORY_BYTES_PER_S
+        return LoadEstimate(buffered_bytes + sum(entry.raw_length for entry in live), buffered_bytes + stored_bytes, seconds)
 
     # --- keeping and removing -----------------------------------------------------------------------------------
 

@@ -82,10 +82,6 @@ class DiskStore:
         return self._core.buffer.wait_prefaulted(timeout)
 
     def events(self, since: object = None) -> EventBatch:
-        """What became durable, was removed or was cleared since an earlier call (``EventBatch.next``); ``None``: all that is remembered.
-
-        A follower tells nothing: its writer does. Raises ``InvalidConfig`` for a place that no call gave.
-        """
         self._check_usable()
         return self._core.catalog.events.batch(since)
 
