@@ -30,7 +30,7 @@ def run_demo(*, dtype: str, store: Path | None, as_json: bool, document_tokens: 
 
     ``console`` is for progress (standard error).
     """
-    folder = store or Path(tempfile.mkdtemp(prefix="kvlode-demo-", dir=_folder_on_a_drive()))
+    folder = store or Path(tempfile.mkdtemp(prefix="kvlode-demo-", dir=folder_on_a_drive()))
     try:
         options = StepOptions(str(folder), dtype, document_tokens)
         stored = _run_step("store", options, console)
@@ -56,7 +56,7 @@ def summarise(stored: dict[str, Any], restored: dict[str, Any]) -> dict[str, Any
     return facts
 
 
-def _folder_on_a_drive() -> Path:
+def folder_on_a_drive() -> Path:
     """A folder whose file system takes O_DIRECT, so that the demo reads from a drive and not from memory."""
     candidates = [cache_folder(), Path.cwd(), Path("/var/tmp"), Path(tempfile.gettempdir())]
     cache_folder().mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def _run_step(name: str, options: StepOptions, console: Console) -> dict[str, An
     try:
         with console.status(f"{title}: starting") as status:
             for line in process.stdout:
-                event = _parse(line)
+                event = parse_answer(line)
                 if event.get("event") == "result":
                     result = event
                 elif event.get("event") == "error":
@@ -98,7 +98,7 @@ def _progress(console: Console, status: Status, text: str) -> None:
         console.print(text)
 
 
-def _parse(line: str) -> dict[str, Any]:
+def parse_answer(line: str) -> dict[str, Any]:
     """An event of a step; other output (of libraries) is none."""
     try:
         event = json.loads(line)
