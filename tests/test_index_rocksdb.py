@@ -158,9 +158,7 @@ def test_an_index_that_cannot_be_opened_anew_is_read_and_tried_again(tmp_path: P
         assert index.get_many([b"a", b"b"]) == [b"1", b"2"]
 
 
-def test_an_index_in_use_is_not_opened_anew_and_holds_lookups_up_for_a_moment_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_index_in_use_is_not_opened_anew_and_holds_lookups_up_for_a_moment_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 100.0
     waits_s: list[float] = []
     found: list[list[bytes | None]] = []
