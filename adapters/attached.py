@@ -129,11 +129,28 @@ class QuietSpace:
         self._try("touch", lambda space: space.touch(keys), None)
 
     def delete(self, keys: Sequence[bytes]) -> int:
-        return self._try("delete", lambda space: space.delete(keys), 0)
+        """See ``BlockSpace.delete``. Should it fail, everything is a miss from now on: what was to go must not be found."""
+        return self._forget(lambda space: space.delete(keys))
 
     def drop(self) -> None:
-        """Forget every block of the namespace, durably."""
-        self._try("drop", lambda space: space.drop(), None)
+        """Forget every block of the namespace, durably. Should it fail, everything is a miss from now on."""
+
+        def drop(space: BlockSpace) -> int:
+            space.drop()
+            return 0
+
+        self._forget(drop)
+
+    def _forget(self, call: Callable[[BlockSpace], int]) -> int:
+        space = self._space
+        if space is None:
+            return 0
+        try:
+            return call(space)
+        except Exception as error:  # as in ``_quietly``
+            logger.error("blocks could not be removed, so that nothing stored is used any more: %s", error)
+            self._space = None
+            return 0
 
     def _try(self, what: str, call: Callable[[BlockSpace], T], otherwise: T) -> T:
         space = self._space

@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Any
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-DESCRIPTIONS = ("config.json", "quantization_config.json", "quantize_config.json", "hf_quant_config.json")
+WEIGHT_BYTES_MIN = 1 << 20
+"""A file of another kind that is so large may be weights as well."""
+DESCRIPTIONS = (
+    *("config.json", "params.json", "adapter_config.json"),
+    *("quantization_config.json", "quantize_config.json", "hf_quant_config.json"),
+)
 INDEX_SUFFIX = ".index.json"
 _SNAPSHOT = re.compile(r"/snapshots/([0-9a-f]{40})(?:/|$)")
 
@@ -27,10 +32,11 @@ def weights_revision(model: str | os.PathLike[str], *, commit: str | None = None
     Raises ``OSError`` when the files cannot be read.
     """
     digest = hashlib.blake2b(digest_size=16)
-    path = Path(os.path.realpath(model)) if os.path.exists(model) else None
-    snapshot = _SNAPSHOT.search(os.fspath(path) if path else os.fspath(model))
+    path = Path(model) if os.path.exists(model) else None
+    snapshot = _SNAPSHOT.search(os.path.abspath(model)) or _SNAPSHOT.search(os.path.realpath(model))
     if snapshot is not None:
         _add(digest, "commit", snapshot[1])
+        _add(digest, "file", path.name if path is not None and path.is_file() else "")
     elif path is not None:
         for name, what in _files(path):
             _add(digest, name, what)
@@ -65,15 +71,23 @@ def hub_folder(model: str) -> Path:
 
 def _files(path: Path) -> list[tuple[str, str]]:
     """What tells one set of weight files from another, in a fixed order."""
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
+    if path.is_file():
+        return [(path.name, _stamp(path))]
     found: list[tuple[str, str]] = []
-    for file in files:
-        if file.name in DESCRIPTIONS or file.name.endswith(INDEX_SUFFIX):
-            found.append((file.name, hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()))
-        elif file.suffix in WEIGHT_SUFFIXES:
-            status = file.stat()
-            found.append((file.name, f"{status.st_size} {status.st_mtime_ns}"))
+    for folder, folders, names in os.walk(path, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for file in (Path(folder, name) for name in sorted(names)):
+            name = file.relative_to(path).as_posix()
+            if file.name in DESCRIPTIONS or file.name.endswith(INDEX_SUFFIX):
+                found.append((name, hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()))
+            elif file.suffix in WEIGHT_SUFFIXES or file.stat().st_size >= WEIGHT_BYTES_MIN:
+                found.append((name, _stamp(file)))
     return found
+
+
+def _stamp(file: Path) -> str:
+    status = file.stat()
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def _add(digest: Any, name: str, value: str) -> None:

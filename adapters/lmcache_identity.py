@@ -19,7 +19,7 @@ from ..format.errors import InvalidConfig
 from ..format.layout import BLOCK_BYTES_MAX
 from ..format.namespace import ELEMENT_SIZES, Namespace
 from .attached import AttachedStore, QuietSpace
-from .identity import weights_revision
+from .identity import hub_commit, weights_revision
 
 logger = logging.getLogger("kvlode")
 
@@ -148,7 +148,7 @@ class Revisions:
     """Which weights a model's name stands for. Thread-safe.
 
     ``given`` (the user's text) stands for all models. Without it a name that is a folder here has the revision of its files, as
-    they were when the model was first seen, and a hub's name has that of the name.
+    they were when the model was first seen (restart LMCache's server with new weights), and a hub's name that of the commit in the cache.
     """
 
     def __init__(self, given: str | None) -> None:
@@ -162,7 +162,7 @@ class Revisions:
             return self._given
         with self._lock:
             if model not in self._found:
-                self._found[model] = weights_revision(model or "unnamed")
+                self._found[model] = weights_revision(model or "unnamed", commit=hub_commit(model) if model else None)
             return self._found[model]
 
 

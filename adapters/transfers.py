@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..engine.contract import Block, CompletionQueue, GetJob, PutJob, Status
 from .attached import QuietSpace
@@ -57,10 +59,12 @@ class Transfers:
         self._queue = queue
         self._lock = threading.Lock()
         self._running: dict[Hashable, _Running] = {}
+        self._late: deque[Callable[[], None]] = deque()
+        self._calling_off = False
 
-    def load(self, job_id: Hashable, space: QuietSpace, keys: Sequence[bytes], outs: Sequence[Block]) -> None:
-        """Read blocks; the destinations are the job's until it is reported."""
-        job = space.submit_get(keys, outs, queue=self._queue)
+    def load(self, job_id: Hashable, space: QuietSpace, keys: Sequence[bytes], outs: Sequence[Block], *, stream: Any = None) -> None:
+        """Read blocks; the destinations are the job's until it is reported. ``stream``: the CUDA stream that copies are ordered on."""
+        job = space.submit_get(keys, outs, queue=self._queue, stream=stream)
         self._add(job_id, _Running(job, keys, time.monotonic(), job.cancel, is_load=True))
 
     def store(
@@ -97,8 +101,8 @@ class Transfers:
             for job_id, _ in over:
                 del self._running[job_id]
             late = self._take_late(now_s)
-        for call_off in late:
-            self._call_off(call_off)
+        if late:
+            self._call_off(late)
         return [_outcome(job_id, running, now_s) for job_id, running in over]
 
     def _take_late(self, now_s: float) -> list[Callable[[], None]]:
@@ -110,10 +114,29 @@ class Transfers:
                 running.call_off = None
         return late
 
-    def _call_off(self, call_off: Callable[[], None]) -> None:
-        """On a thread of its own: it waits for what is under way on the drive, and this may be a drive that hangs."""
-        logger.warning("a load took longer than %.1f s and is called off", self._load_timeout_s)
-        threading.Thread(target=call_off, name="kvlode-cancel", daemon=True).start()
+    def _call_off(self, late: Sequence[Callable[[], None]]) -> None:
+        """On one thread beside: it waits for what is under way on the drive, and this may be a drive that hangs."""
+        logger.warning("%d loads took longer than %.1f s and are called off", len(late), self._load_timeout_s)
+        with self._lock:
+            self._late.extend(late)
+            if self._calling_off:
+                return
+            self._calling_off = True
+        try:
+            threading.Thread(target=self._call_off_all, name="kvlode-cancel", daemon=True).start()
+        except RuntimeError as error:  # no more threads: the loads end when the drive has delivered
+            logger.error("late loads cannot be called off: %s", error)
+            with self._lock:
+                self._calling_off = False
+
+    def _call_off_all(self) -> None:
+        while True:
+            with self._lock:
+                if not self._late:
+                    self._calling_off = False
+                    return
+                call_off = self._late.popleft()
+            call_off()
 
     def drain(self, timeout_s: float) -> bool:
         """Wait until every job is over (they still have to be fetched with ``finished``); False at the deadline."""

@@ -37,8 +37,23 @@ TOKENS_PER_BLOCK = 128
 POLL_S = 0.0005
 LOOKUP_TIMEOUT_S = 1.0
 """How long the index may take to say what is stored."""
-_BESIDE_THE_TOKENS = ("past_key_values", "inputs", "inputs_embeds", "assistant_model", "prompt_lookup_num_tokens", "custom_generate")
+_BESIDE_THE_TOKENS = (
+    *("past_key_values", "inputs", "inputs_embeds", "custom_generate"),
+    *("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens"),
+)
 _ONE_SEQUENCE_A_ROW = ("num_beams", "num_return_sequences")
+
+
+def _peft_adapters(model: Any) -> tuple[str, ...]:
+    """Names of the PEFT adapters that are active in a model, also in one that PEFT wraps."""
+    if not getattr(model, "_hf_peft_config_loaded", False) and not hasattr(model, "peft_config"):
+        return ()
+    active = getattr(model, "active_adapters", ())
+    try:
+        names = active() if callable(active) else active
+    except ValueError:  # what transformers says where there is none
+        return ()
+    return (names,) if isinstance(names, str) else tuple(map(str, names))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +99,7 @@ class PrefixCache:
     ) -> None:
         self._model = model
         self._place = (model.dtype, model.device)
+        self._adapters = _peft_adapters(model)
         self._geometry = Geometry.of(model, tokens_per_block)
         self._descriptor = describe(model, self._geometry, name=name, revision=revision, settings=settings or {})
         self._owns = isinstance(store, Mapping)
@@ -194,15 +210,18 @@ class PrefixCache:
     def _why_not(self, input_ids: Any, mask: Any | None, kwargs: Mapping[str, Any]) -> str | None:
         """Why a call of ``generate`` has to do without the store."""
         defaults = kwargs.get("generation_config") or self._model.generation_config
-        options = {name: kwargs.get(name, getattr(defaults, name, None)) for name in (*_ONE_SEQUENCE_A_ROW, "cache_implementation")}
-        given = [name for name in _BESIDE_THE_TOKENS if kwargs.get(name) is not None]
+        names = (*_ONE_SEQUENCE_A_ROW, *_BESIDE_THE_TOKENS, "cache_implementation", "use_cache")
+        options = {name: kwargs.get(name, getattr(defaults, name, None)) for name in names}
+        given = [name for name in _BESIDE_THE_TOKENS if options[name] is not None]
         given += [name for name, value in kwargs.items() if name not in given and _has_tensor(value)]
         if given:
             return f"what {', '.join(given)} brings is not in the keys of stored blocks"
-        if self._model.training or kwargs.get("use_cache") is False:
+        if self._model.training or options["use_cache"] is False:
             return "the model is in training mode, or use_cache is off"
         if (self._model.dtype, self._model.device) != self._place:
             return f"the model was moved from {self._place} to {(self._model.dtype, self._model.device)}"
+        if _peft_adapters(self._model) != self._adapters:
+            return "other PEFT adapters are active than when this PrefixCache was made"
         for name in _ONE_SEQUENCE_A_ROW:
             if (options[name] or 1) > 1:
                 return f"{name} is more than 1"

@@ -156,6 +156,8 @@ def connector_namespace(
         "kv_dtype": str(getattr(cache, "cache_dtype", "auto")),
         "hash": str(getattr(cache, "prefix_caching_hash_algo", "")),
     }
+    if _rope_depends_on_length(getattr(model, "hf_config", None)):
+        extra["max_model_len"] = str(getattr(model, "max_model_len", ""))
     return Namespace(
         model=name,
         revision=model_revision(name, revision=commit, settings=settings),
@@ -169,6 +171,12 @@ def connector_namespace(
         pp_size=int(parallel.pipeline_parallel_size),
         extra=extra,
     )
+
+
+def _rope_depends_on_length(hf_config: Any) -> bool:
+    """Whether the longest sequence that is served decides on the rotation (LongRoPE as of Phi-3: vLLM chooses one of two tables)."""
+    settings = getattr(hf_config, "rope_parameters", None) or getattr(hf_config, "rope_scaling", None) or {}
+    return any(kind in str(settings) for kind in ("longrope", "su", "dynamic"))
 
 
 def _device(device_type: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from ..engine.contract import Status
 from ..format.namespace import Namespace
 from .attached import AttachedStore, QuietSpace
 from .identity import weights_revision
-from .vllm_connector_worker import WHERE, Blocks, Settings, StepPlan, WorkerFacts
+from .vllm_connector_worker import WHERE, Blocks, Settings, StepPlan, WorkerFacts, namespace_after_reset
 
 logger = logging.getLogger("kvlode")
 
@@ -63,8 +64,7 @@ class SchedulerSide:
         self._tracked: dict[str, _Tracked] = {}
         self._loads: list[Blocks] = []
         self._kept: set[str] = set()
-        self._drop = False
-        self._salts: dict[tuple[str, str], bytes | None] = {}
+        self._epoch = ""
 
     def connect(self, facts: Sequence[WorkerFacts]) -> None:
         """Look blocks up in the stores of these workers; in all of them, as each has its own part of a block."""
@@ -127,14 +127,12 @@ class SchedulerSide:
         lora = getattr(request, "lora_request", None)
         if lora is None:
             return b""
-        named = (str(lora.lora_name), str(lora.lora_path))
-        if named not in self._salts:
-            try:
-                self._salts[named] = bytes.fromhex(weights_revision(Path(named[1]))) if os.path.exists(named[1]) else None
-            except OSError as error:
-                logger.warning("requests with the adapter %s are not kept, its files cannot be read: %s", named[0], error)
-                self._salts[named] = None
-        return self._salts[named]
+        name, path = str(lora.lora_name), str(lora.lora_path)
+        try:  # for every request anew: files are replaced under the same path
+            return bytes.fromhex(weights_revision(Path(path))) if os.path.exists(path) else None
+        except OSError as error:
+            logger.warning("requests with the adapter %s are not kept, its files cannot be read: %s", name, error)
+            return None
 
     def _keys(self, tracked: _Tracked, start: int, stop: int) -> tuple[bytes, ...]:
         return tuple(bytes(block_hash) + tracked.salt for block_hash in tracked.request.block_hashes[start:stop])
@@ -156,12 +154,12 @@ class SchedulerSide:
         preempted = frozenset(output.preempted_req_ids or ())
         for request_id in preempted & self._tracked.keys():
             self._tracked[request_id].has_stores = False  # settled by the workers before the step
-        plan = StepPlan(self._loads, [], preempted, frozenset(self._kept), not output.num_scheduled_tokens, self._drop)
+        plan = StepPlan(self._loads, [], preempted, frozenset(self._kept), not output.num_scheduled_tokens, self._epoch)
         for request_id, scheduled in output.num_scheduled_tokens.items():
             tracked = self._tracked.get(request_id)
             if tracked is not None:
                 plan.stores += self._stores_of(tracked, scheduled, output.kv_connector_block_state)
-        self._loads, self._kept, self._drop = [], set(), False
+        self._loads, self._kept, self._epoch = [], set(), ""
         return plan
 
     def _stores_of(self, tracked: _Tracked, scheduled_tokens: int, block_state: Any) -> list[Blocks]:
@@ -212,10 +210,12 @@ class SchedulerSide:
 
     def reset(self) -> None:
         """Forget every block. In other processes that happens with the next step, before anything else of it."""
-        self._drop = True
+        self._epoch = uuid.uuid4().hex
         if self._local:
             for space in self._spaces:
                 space.drop()
+        renewed = [namespace_after_reset(space.descriptor, self._epoch) for space in self._spaces]
+        self._spaces = [attached.space(descriptor) for attached, descriptor in zip(self._attached, renewed, strict=True)]
         for tracked in self._tracked.values():
             tracked.found = 0
             if tracked.request.num_computed_tokens or tracked.loading:
@@ -226,7 +226,7 @@ class SchedulerSide:
     @property
     def has_news(self) -> bool:
         """Something that the workers must be told although nothing is scheduled."""
-        return self._drop
+        return bool(self._epoch)
 
     def stats(self) -> list[Mapping[str, Any]]:
         return [attached.stats() for attached in self._attached]

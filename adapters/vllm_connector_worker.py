@@ -14,7 +14,7 @@ import logging
 import os
 import time
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..format.namespace import Namespace
@@ -76,8 +76,14 @@ class StepPlan:
     """Finished requests whose blocks vLLM keeps until they are reported as sent."""
     idle: bool = False
     """The step computes nothing."""
-    drop: bool = False
-    """Forget every block, before anything else."""
+    epoch: str = ""
+    """After a reset: forget every block before anything else, and go on in a namespace of this name that nothing else ever reads."""
+
+
+def namespace_after_reset(descriptor: Namespace, epoch: str) -> Namespace:
+    """Where blocks go after a reset. vLLM resets its cache when weights are replaced in memory, and then the revision of the files
+    no longer says which weights made a block: after a restart, with the weights of the files, these blocks must not be found."""
+    return replace(descriptor, extra={**descriptor.extra, "epoch": epoch})
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +154,9 @@ class WorkerSide:
 
     def handle_preemptions(self, plan: StepPlan) -> None:
         """Before the step: the blocks of preempted requests may be overwritten in it."""
-        if plan.drop and self._space is not None:
+        if plan.epoch and self._space is not None:
             self._space.drop()
+            self._space = self._attached.space(namespace_after_reset(self._space.descriptor, plan.epoch))
         if not any(blocks.request_id in plan.preempted for blocks, _ in self._storing.values()):
             return
         self._stores.drain(PREEMPTION_TIMEOUT_S)
@@ -165,7 +172,15 @@ class WorkerSide:
                 continue
             job = self._job(blocks)
             self._loading[job] = blocks
-            self._loads.load(job, self._space, blocks.keys, outs)
+            self._loads.load(job, self._space, blocks.keys, outs, stream=self._stream())
+
+    def _stream(self) -> Any:
+        """The stream that vLLM computes on: steps that still use the blocks' former contents may be queued there. ``None`` on a CPU."""
+        if self._layout is None or self._layout.device_type != "cuda":
+            return None
+        import torch
+
+        return torch.cuda.current_stream()
 
     def start_stores(self, plan: StepPlan) -> None:
         """After the step has computed its blocks."""

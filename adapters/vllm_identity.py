@@ -137,12 +137,13 @@ def tier_namespace(config: Any, group_index: int, *, row_bytes: int, revision: s
 class TierNames:
     """The namespaces of one tier, and when a reset makes them others.
 
-    ``on_reset``: ``"keep"`` goes on with what is stored unless the files of the weights have changed; ``"forget"`` never reads
-    again what was stored before, for weights that are replaced in memory. Raises ``InvalidConfig``, ``OSError``.
+    ``on_reset``: ``"forget"`` never reads again what was stored before, nor does a later process what is stored from then on, as weights
+    may have been replaced in memory; ``"keep"`` goes on with what is stored unless the files of the weights have changed.
+    Raises ``InvalidConfig``, ``OSError``.
     """
 
     def __init__(
-        self, config: Any, row_bytes: int, revision: str | None, identity: Mapping[str, Any] | None, on_reset: str = "keep"
+        self, config: Any, row_bytes: int, revision: str | None, identity: Mapping[str, Any] | None, on_reset: str = "forget"
     ) -> None:
         if on_reset not in ("keep", "forget"):
             raise InvalidConfig("on_reset is unknown", expected="keep or forget", actual=repr(on_reset))

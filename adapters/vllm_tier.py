@@ -63,8 +63,9 @@ class VllmTier:
 
     Settings beside ``path`` and those of ``kvlode.open``: ``revision`` (of the weights, see ``vllm_identity.model_revision``),
     ``identity`` (a mapping of whatever else changes the bytes and vLLM does not tell the tier: quantisation given on the command
-    line, RoPE overrides), ``on_reset`` (``"keep"``, or ``"forget"`` where weights are replaced in memory: a reset of the cache then
-    starts a namespace that nothing else ever reads), ``locality``, ``enable_kv_events``, and the deadlines ``load_timeout_s``,
+    line, RoPE overrides), ``on_reset`` (``"forget"``: a reset of the cache starts a namespace that nothing else ever reads, as weights may
+    have been replaced in memory; ``"keep"`` where they never are),
+    ``locality``, ``enable_kv_events``, and the deadlines ``load_timeout_s``,
     ``lookup_timeout_s``, ``drain_timeout_s``, ``close_timeout_s``.
 
     Raises ``InvalidConfig`` for settings that cannot be; a store that cannot be opened is misses.
@@ -84,7 +85,7 @@ class VllmTier:
         enable_kv_events: bool = False,
         revision: str | None = None,
         identity: Mapping[str, Any] | None = None,
-        on_reset: str = "keep",
+        on_reset: str = "forget",
         load_timeout_s: float = LOAD_TIMEOUT_S,
         lookup_timeout_s: float = LOOKUP_TIMEOUT_S,
         drain_timeout_s: float = DRAIN_TIMEOUT_S,

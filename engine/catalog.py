@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import struct
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ _FLOOR_PREFIX = META_PREFIX + b"floor/"
 _CHECKPOINT = struct.Struct("<QQQ")
 _FLOOR = struct.Struct("<Q")
 BATCH_ENTRIES_MAX = 500
+HIDDEN_MAX = 4096
 UNSYNCED_CHANGES_MAX = 100_000
 """Changes that are kept in memory in case the next sync of the index fails; about 30 MB."""
 
@@ -52,6 +54,7 @@ class Catalog:
         self._sync_failed = False
         self._openings = 0
         self._floors: dict[bytes, int] = {}
+        self._hiding = threading.Lock()
         self._hidden: dict[bytes, tuple[int, int]] = {}
         """Blocks that were found useless, and where (segment id, offset): absent at once, and on their way out of the index."""
         self.events = EventLog()
@@ -67,7 +70,11 @@ class Catalog:
 
     def hide(self, ident: bytes, segment_id: int, offset: int) -> None:
         """A block is absent from now on if it still lies there, until ``drop_if_at`` has taken it out of the index. Any thread."""
-        self._hidden[ident] = (segment_id, offset)
+        with self._hiding:
+            self._hidden.pop(ident, None)
+            self._hidden[ident] = (segment_id, offset)
+            if len(self._hidden) > HIDDEN_MAX:  # a follower, whose writer takes them out: by now it has
+                del self._hidden[next(iter(self._hidden))]
 
     def _is_hidden(self, ident: bytes, value: bytes | None) -> bool:
         place = self._hidden.get(ident)
@@ -224,8 +231,9 @@ class Catalog:
                 self.change(changes)
             dropped += changes
             for ident, *place in part:
-                if self._hidden.get(ident) == tuple(place):
-                    del self._hidden[ident]
+                with self._hiding:
+                    if self._hidden.get(ident) == tuple(place):
+                        del self._hidden[ident]
         self.events.add(EventKind.REMOVED, dropped)
         return dropped
 

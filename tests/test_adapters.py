@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,9 +17,10 @@ from adapter_conformance import LOAD_TIMEOUT_S, PREFIX, WAIT_S, AdapterConforman
 from kvlode import InvalidConfig, MemoryStore, Namespace, Refusal, Status
 from kvlode.adapters.attached import AttachedStore, QuietSpace
 from kvlode.adapters.identity import weights_revision
-from kvlode.adapters.transfers import Transfers
+from kvlode.adapters.transfers import Transfers, _Running
 from kvlode.gds.late import LateDevice
 from kvlode.gds.memory import MemoryDevice
+from kvlode.gds.testing import Fault, FaultyDevice
 from model import block_bytes
 from rig import eventually
 
@@ -214,3 +216,72 @@ def test_a_snapshot_of_a_hub_is_known_by_its_commit(tmp_path: Path) -> None:
         (folder / "config.json").write_text(cache)
         revisions.append(weights_revision(folder))
     assert revisions[0] == revisions[1]
+
+
+def test_a_file_in_a_hubs_snapshot_is_known_by_commit_and_name(tmp_path: Path) -> None:
+    revisions = set()
+    blob = tmp_path / "blobs" / "0123"
+    blob.parent.mkdir()
+    blob.write_bytes(b"weights")
+    for commit, name in (("ab" * 20, "Q4.gguf"), ("cd" * 20, "Q4.gguf"), ("cd" * 20, "Q8.gguf")):
+        folder = tmp_path / "snapshots" / commit
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(blob)
+        revisions.add(weights_revision(folder / name))
+    assert len(revisions) == 3
+
+
+@pytest.mark.parametrize("name", ["shards/model.safetensors", "adapter_config.json", "params.json", "model.tensors"])
+def test_a_revision_sees_weights_wherever_they_are(weights: Path, name: str) -> None:
+    place = weights / name
+    place.parent.mkdir(exist_ok=True)
+    place.write_bytes(bytes(2 << 20))
+    first = weights_revision(weights)
+    place.write_bytes(bytes((2 << 20) + 1))
+    assert weights_revision(weights) != first
+
+
+# --- what must not be found any more -----------------------------------------------------------------------------------------
+
+
+def test_after_a_drop_that_failed_nothing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = FaultyDevice(MemoryDevice())
+    suite = TestSharedLayer()
+    engine = suite.start(suite.on_device(monkeypatch, device))
+    engine.store(PREFIX)
+    engine.flush()
+    device.inject(Fault("write", times=None))
+    device.inject(Fault("sync", times=None))
+    engine.store([100])
+    engine.flush()
+    assert engine.lookup(PREFIX) == len(PREFIX)
+    engine.space.drop()
+    assert engine.lookup(PREFIX) == 0
+    assert all(found is None for found in engine.load(PREFIX))
+    device.clear()
+    engine.stop()
+
+
+def test_late_loads_share_one_thread_that_calls_them_off() -> None:
+    class Endless:
+        statuses = (Status.PENDING,)
+
+        def __init__(self, gate: threading.Event) -> None:
+            self._gate = gate
+
+        def done(self) -> bool:
+            return self._gate.is_set()
+
+        def cancel(self) -> None:
+            self._gate.wait(WAIT_S)
+
+    gate = threading.Event()
+    transfers = Transfers(load_timeout_s=0.0)
+    for number in range(50):
+        job: Any = Endless(gate)
+        transfers._add(number, _Running(job, [b"k"], 0.0, job.cancel, is_load=True))
+    assert transfers.finished() == []
+    assert sum(thread.name == "kvlode-cancel" for thread in threading.enumerate()) == 1
+    gate.set()
+    assert [outcome.job_id for outcome in transfers.finished()] == list(range(50))
+    assert eventually(lambda: not any(thread.name == "kvlode-cancel" for thread in threading.enumerate()))

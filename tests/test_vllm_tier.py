@@ -258,7 +258,7 @@ def model_folder(folder: Path, weights: bytes) -> str:
 
 def test_weights_that_were_replaced_in_their_folder_hit_nothing(options: dict[str, Any], tmp_path: Path) -> None:
     setting = Setting(model=model_folder(tmp_path / "model", b"one"))
-    engine = TierEngine(options, setting)
+    engine = TierEngine(options | {"on_reset": "keep"}, setting)
     engine.store(PREFIX)
     engine.tier.drain_jobs()
     assert engine.lookup(PREFIX) == len(PREFIX), "a reset with the same weights keeps what is stored"
@@ -271,8 +271,8 @@ def test_weights_that_were_replaced_in_their_folder_hit_nothing(options: dict[st
     engine.stop()
 
 
-def test_a_reset_may_be_told_to_forget(options: dict[str, Any]) -> None:
-    engine = TierEngine(options | {"on_reset": "forget"})
+def test_a_reset_forgets_for_weights_may_have_been_replaced_in_memory(options: dict[str, Any]) -> None:
+    engine = TierEngine(options)
     engine.store(PREFIX)
     engine.tier.drain_jobs()
     assert engine.lookup(PREFIX) == 0
