@@ -176,6 +176,27 @@ def test_short_prefixes_are_computed_when_loading_them_does_not_pay(model: Any, 
     assert_same_answer(cache, model, tokens_of(2 * BLOCK_TOKENS + 1), restored=0)
 
 
+@pytest.mark.parametrize("changes", [{"use_cache": False}, {"prompt_lookup_num_tokens": 3}], ids=lambda c: next(iter(c)))
+def test_what_a_generation_config_says_is_heeded_like_an_argument(model: Any, store: MemoryStore, changes: dict[str, Any]) -> None:
+    from transformers import GenerationConfig
+
+    cache, ids = prefix_cache(store, model), torch.tensor([tokens_of(60)])
+    cache.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)
+    config = GenerationConfig(do_sample=False, max_new_tokens=6, pad_token_id=0, **changes)
+    expected = model.generate(ids, generation_config=config)
+    assert torch.equal(cache.generate(ids, generation_config=config), expected)
+    assert cache.counters.calls_without_the_store == 1
+
+
+def test_other_adapters_than_at_the_beginning_are_other_weights(store: MemoryStore) -> None:
+    model = llama()
+    cache, ids = prefix_cache(store, model), torch.tensor([tokens_of(60)])
+    cache.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)
+    model._hf_peft_config_loaded, model.active_adapters = True, lambda: ["new"]
+    cache.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)
+    assert cache.counters.calls_without_the_store == 1 and cache.counters.restored_tokens == 0
+
+
 def test_everything_but_tokens_works_as_in_generate(model: Any, store: MemoryStore) -> None:
     cache = prefix_cache(store, model)
     ids, mask = batch_of(tokens_of(3 * BLOCK_TOKENS + 1))

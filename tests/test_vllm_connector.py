@@ -409,6 +409,18 @@ def test_a_reset_forgets_every_block_and_keeps_out_what_was_computed_before(engi
     assert engine.lookup(PREFIX) == len(PREFIX)
 
 
+def test_what_is_stored_after_a_reset_is_not_found_after_a_restart(options: dict[str, Any]) -> None:
+    engine = StandIn(vllm_config(options), make_caches())
+    assert engine.scheduler.reset_cache() is True
+    engine.store(PREFIX)
+    engine.flush()
+    assert engine.lookup(PREFIX) == len(PREFIX)
+    engine.stop()
+    engine = StandIn(vllm_config(options), make_caches())
+    assert engine.lookup(PREFIX) == 0
+    engine.stop()
+
+
 def test_short_hits_are_computed_where_that_is_wished(options: dict[str, Any]) -> None:
     engine = StandIn(vllm_config(options | {"min_load_tokens": 4 * BLOCK_TOKENS}), make_caches())
     engine.store(PREFIX)
