@@ -78,6 +78,8 @@ class FinishedJob:
 class _Running:
     finished: FinishedJob
     parts_left: int
+    waiting: dict[int, Part]
+    """Parts that the store was not asked for yet, by number: nothing touches their rows."""
     started_s: float = field(default_factory=time.monotonic)
 
 
@@ -86,6 +88,7 @@ class TierJobs:
 
     def __init__(self, rows: Rows, load_timeout_s: float) -> None:
         self._rows = rows
+        self._load_timeout_s = load_timeout_s
         self._transfers = Transfers(load_timeout_s)
         self._changed = Monitor()
         self._urgent: deque[Callable[[], None]] = deque()
@@ -105,14 +108,14 @@ class TierJobs:
     def submit(self, job_id: int, parts: Sequence[Part], key_count: int, *, is_load: bool) -> None:
         """Start a job. Loads go before stores that have not been submitted to the store yet."""
         finished = FinishedJob(job_id, is_load, [False] * key_count, [None] * key_count)
-        running = _Running(finished, len(parts))
+        running = _Running(finished, len(parts), dict(enumerate(parts)))
         with self._changed.lock:
             if not parts or self._stopping:
                 self._over.append(finished)
                 return
             self._running[job_id] = running
         for number, part in enumerate(parts):
-            self._enqueue(lambda number=number, part=part: self._start(job_id, number, part, running), urgent=is_load)  # type: ignore[misc]
+            self._enqueue(lambda number=number, part=part: self._begin(job_id, number, part, running), urgent=is_load)  # type: ignore[misc]
 
     def touch(self, space: QuietSpace, keys: Sequence[bytes]) -> None:
         """Count a use of each key, soon."""
@@ -121,6 +124,7 @@ class TierJobs:
     def finished(self) -> list[FinishedJob]:
         """Jobs that are over and were not reported before."""
         self._collect()
+        self._withdraw_late()
         with self._changed.lock:
             over = list(self._over)
             self._over.clear()
@@ -178,6 +182,12 @@ class TierJobs:
                 self._busy = False
                 self._changed.notify_all()
 
+    def _begin(self, job_id: int, number: int, part: Part, running: _Running) -> None:
+        with self._changed.lock:
+            withdrawn = running.waiting.pop(number, None) is None
+        if not withdrawn:
+            self._start(job_id, number, part, running)
+
     def _start(self, job_id: int, number: int, part: Part, running: _Running) -> None:
         """Hand one part to the store. Chunks that there are not fail alone."""
         rows = [self._rows.row(chunk) for chunk in part.chunks]
@@ -201,6 +211,17 @@ class TierJobs:
         for outcome in self._transfers.finished():
             job_id, _, part = outcome.job_id  # type: ignore[misc]
             self._end_part(job_id, part, outcome)  # type: ignore[has-type]
+
+    def _withdraw_late(self) -> None:
+        """Loads that wait for the tier's thread, which a store may hold up, have the deadline of those that were begun."""
+        late: list[tuple[int, Part]] = []
+        with self._changed.lock:
+            for job_id, running in self._running.items():
+                if running.finished.is_load and time.monotonic() - running.started_s > self._load_timeout_s:
+                    late += [(job_id, part) for part in running.waiting.values()]
+                    running.waiting.clear()
+        for job_id, part in late:
+            self._end_part(job_id, part, None)
 
     def _end_part(self, job_id: int, part: Part, outcome: Outcome | None) -> None:
         with self._changed.lock:

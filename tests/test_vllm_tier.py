@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from kvlode import InvalidConfig, Status
 from kvlode.adapters import vllm_identity, vllm_tier
 from kvlode.adapters.vllm_identity import kv_element_type, model_revision, tier_namespace
 from kvlode.adapters.vllm_tier import METRIC
+from kvlode.adapters.vllm_tier_jobs import Part, Rows, TierJobs
 from kvlode.engine import lookups
 from kvlode.gds.late import LateDevice
 from kvlode.gds.memory import MemoryDevice
+from rig import eventually
 from vllm_tier_engine import ROW_BYTES, Lookup, Setting, TierEngine, content, key_of, poll, stand_in_spec
 
 LOOKUP_S_MAX = 1e-3
@@ -388,3 +391,28 @@ def test_the_module_imports_without_vllm() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "not here"
     assert vllm_identity.vllm_series() == "unknown" or "vllm" in sys.modules
+
+
+def test_a_load_that_waits_behind_a_store_that_hangs_has_its_deadline() -> None:
+    class Hanging:
+        """A space whose puts wait for the test."""
+
+        def __init__(self) -> None:
+            self.gate = threading.Event()
+            self.entered = threading.Event()
+
+        def submit_put(self, keys: Any, blocks: Any, **_: Any) -> Any:
+            self.entered.set()
+            self.gate.wait(WAIT_S)
+            raise RuntimeError("the test is over")
+
+    space: Any = Hanging()
+    jobs = TierJobs(Rows(memoryview(bytearray(4 * 4096)).cast("b", (4, 4096))), load_timeout_s=0.05)
+    jobs.submit(1, [Part(space, [b"a"], [0], [0])], 1, is_load=False)
+    assert space.entered.wait(WAIT_S)
+    jobs.submit(2, [Part(space, [b"b"], [1], [0])], 1, is_load=True)
+    found: list[Any] = []
+    assert eventually(lambda: bool(found.extend(jobs.finished()) or found))
+    assert [(job.job_id, job.good) for job in found] == [(2, [False])]
+    space.gate.set()
+    jobs.close(WAIT_S)
