@@ -56,28 +56,29 @@ class Catalog:
         self._floors: dict[bytes, int] = {}
         self._hiding = threading.Lock()
         self._hidden: dict[bytes, tuple[int, int]] = {}
-        """Blocks that were found useless, and where (segment id, offset): absent at once, and on their way out of the index."""
+        """Blocks that were found useless, and where (segment id, offset): absent at once, and on their way out of the index.
+        Replaced, never changed."""
         self.events = EventLog()
 
     # --- lookups ----------------------------------------------------------------------------------------------
 
     def values(self, idents: Sequence[bytes]) -> list[bytes | None]:
         """Packed entries, from the waiting changes first and else from the index; those that are hidden are absent."""
+        hidden = self._hidden  # before the index is read: what leaves the one has left the other by then
         found = self._indexed(idents)
-        if self._hidden:
-            found = [None if self._is_hidden(ident, value) else value for ident, value in zip(idents, found, strict=True)]
+        if hidden:
+            found = [None if self._lies_at(hidden.get(ident), value) else value for ident, value in zip(idents, found, strict=True)]
         return found
 
     def hide(self, ident: bytes, segment_id: int, offset: int) -> None:
         """A block is absent from now on if it still lies there, until ``drop_if_at`` has taken it out of the index. Any thread."""
         with self._hiding:
-            self._hidden.pop(ident, None)
-            self._hidden[ident] = (segment_id, offset)
-            if len(self._hidden) > HIDDEN_MAX:  # a follower, whose writer takes them out: by now it has
-                del self._hidden[next(iter(self._hidden))]
+            hidden = {**self._hidden, ident: (segment_id, offset)}
+            if len(hidden) > HIDDEN_MAX:  # a follower, whose writer takes them out: by now it has
+                del hidden[next(iter(hidden))]
+            self._hidden = hidden
 
-    def _is_hidden(self, ident: bytes, value: bytes | None) -> bool:
-        place = self._hidden.get(ident)
+    def _lies_at(self, place: tuple[int, int] | None, value: bytes | None) -> bool:
         entry = None if place is None else self._unpack(value)
         return entry is not None and (entry.segment_id, entry.offset) == place
 
@@ -230,10 +231,10 @@ class Catalog:
             if changes:
                 self.change(changes)
             dropped += changes
-            for ident, *place in part:
+            if self._hidden:
+                places = set(part)
                 with self._hiding:
-                    if self._hidden.get(ident) == tuple(place):
-                        del self._hidden[ident]
+                    self._hidden = {ident: place for ident, place in self._hidden.items() if (ident, *place) not in places}
         self.events.add(EventKind.REMOVED, dropped)
         return dropped
 
