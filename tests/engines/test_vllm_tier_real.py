@@ -82,7 +82,8 @@ class ManagedEngine:
     """vLLM's scheduler as far as its offloading manager sees it; the GPU's part is done by hand, in the primary tier's rows."""
 
     def __init__(self, options: dict[str, Any], **values: Any) -> None:
-        self.spec = TieringOffloadingSpec(offloading_config(options, **values))
+        # "keep": the way to make the manager forget its own copies is a reset of its cache
+        self.spec = TieringOffloadingSpec(offloading_config({"on_reset": "keep"} | options, **values))
         self.manager: Any = self.spec.get_manager()
         self.tier: Any = self.manager.secondary_tiers[0]
         self._requests = itertools.count()
