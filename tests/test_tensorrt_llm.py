@@ -414,9 +414,8 @@ def test_a_request_that_lost_its_blocks_begins_anew(engine: TensorEngine) -> Non
     _, block_ids, _ = engine.prefill(request, PREFIX)
     for block_id in block_ids:
         engine.bytes[block_id] = GARBAGE
-    matched, moved, done = engine.prefill(request, PREFIX)
+    _, moved, _ = engine.prefill(request, PREFIX)
     assert not set(moved) & set(block_ids)
-    assert matched == len(PREFIX) * BLOCK_TOKENS or done.saves
     for block, block_id in zip(PREFIX, moved, strict=False):
         assert np.array_equal(engine.bytes[block_id], content(block))
     engine.finish(request, moved)
