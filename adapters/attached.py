@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -25,6 +27,7 @@ OWN_OPTIONS = frozenset({"path"})
 DEFAULTS: dict[str, Any] = {"buffer": "256MiB", "on_locked": "follow", "serve_clean": False}
 """The engine has a DRAM tier of its own, so the store's buffer only takes writes; a second process beside the writer reads."""
 CLOSE_S = 30.0
+POLL_S = 0.0005
 
 
 class AttachedStore:
@@ -99,6 +102,21 @@ class QuietSpace:
     def lookup_nowait(self, keys: Sequence[bytes]) -> list[Status]:
         return self._try("lookup", lambda space: space.lookup_nowait(keys), [Status.MISS] * len(keys))
 
+    def stored_prefixes(self, rows: Sequence[Sequence[bytes]], timeout_s: float) -> list[int]:
+        """How many leading keys of each row are stored; what the index has not answered for after ``timeout_s`` ends a run.
+
+        For threads that may wait: it asks in the store's memory, and again every half millisecond while the index is being asked.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        pause = threading.Event()
+        while True:
+            answers = [self.lookup_nowait(row) for row in rows]
+            runs = [run_of_hits(row) for row in answers]
+            waiting = any(run < len(row) and row[run] is Status.PENDING for row, run in zip(answers, runs, strict=True))
+            if not waiting or time.monotonic() >= deadline_s:
+                return runs
+            pause.wait(POLL_S)
+
     def submit_put(self, keys: Sequence[bytes], blocks: Sequence[Block], **options: Any) -> PutJob:
         """See ``BlockSpace.submit_put``; a failure is a job that is done and refused."""
         job = self._try("put", lambda space: space.submit_put(keys, blocks, **options), None)
@@ -155,6 +173,11 @@ class QuietSpace:
     def _try(self, what: str, call: Callable[[BlockSpace], T], otherwise: T) -> T:
         space = self._space
         return otherwise if space is None else _quietly(what, lambda: call(space), otherwise)
+
+
+def run_of_hits(statuses: Sequence[Status]) -> int:
+    """How many of them are HIT, from the front."""
+    return next((position for position, status in enumerate(statuses) if status is not Status.HIT), len(statuses))
 
 
 def _quietly(what: str, call: Callable[[], T], otherwise: T) -> T:

@@ -1,4 +1,4 @@
-"""Blocks that LMCache wants kept until it says otherwise, and lookups that end by a deadline: what both LMCache adapters share."""
+"""Blocks that LMCache wants kept until it says otherwise: what both LMCache adapters share."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from ..engine.contract import Status
 from .attached import QuietSpace
 
 LEASE_S = 300.0
 """Nobody loads for longer than this. LMCache forgets locks when a request fails, and what it forgets must not be kept for ever."""
-POLL_S = 0.0005
 
 
 @dataclass(slots=True)
@@ -105,18 +103,3 @@ class Leases:
     def __len__(self) -> int:
         """Blocks that are kept."""
         return len(self._by_name)
-
-
-def present_prefix(space: QuietSpace, keys: Sequence[bytes], timeout_s: float) -> int:
-    """Length of the run of stored blocks from the front; what the index has not answered for after ``timeout_s`` ends it.
-
-    For threads that may wait: it asks in the store's memory, and again every half millisecond while the index is being asked.
-    """
-    deadline_s = time.monotonic() + timeout_s
-    pause = threading.Event()
-    while True:
-        found = space.lookup_nowait(keys)
-        hits = next((position for position, status in enumerate(found) if status is not Status.HIT), len(found))
-        if hits == len(found) or found[hits] is not Status.PENDING or time.monotonic() >= deadline_s:
-            return hits
-        pause.wait(POLL_S)

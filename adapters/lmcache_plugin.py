@@ -33,7 +33,7 @@ from .attached import CLOSE_S, AttachedStore, QuietSpace
 from .lmcache_chunks import Chunks
 from .lmcache_identity import Revisions, Spaces, engine_key, engine_namespace, taken
 from .lmcache_lane import Lane, Part, Task, TaskKind
-from .lmcache_leases import LEASE_S, Leases, present_prefix
+from .lmcache_leases import LEASE_S, Leases
 from .transfers import LOAD_TIMEOUT_S
 
 logger = logging.getLogger("kvlode")
@@ -124,7 +124,7 @@ class Backend:
         found = 0
         for space, group in itertools.groupby(keys, self._space):
             wanted = list(group)
-            here = present_prefix(space, list(map(engine_key, wanted)), self._lookup_timeout_s) if space is not None else 0
+            here = space.stored_prefixes([list(map(engine_key, wanted))], self._lookup_timeout_s)[0] if space is not None else 0
             found += here
             if here < len(wanted):
                 break

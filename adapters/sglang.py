@@ -54,7 +54,6 @@ OF_SGLANG = frozenset(
 )  # fmt: skip
 """What SGLang itself reads from the same JSON."""
 
-LOOKUP_POLL_S = 0.001
 FOLLOW_RETRY_S = 5.0
 KV_POOL = "kv"
 OPERATIONS_MAX = 1024
@@ -180,7 +179,7 @@ class HiCacheBackend:
     def batch_exists(self, keys: Sequence[str], extra_info: Any = None) -> int:
         """Length of the run of stored pages from the front. Asks the index in the background and waits ``lookup_timeout_s`` at most."""
         space = self._space(self._uses_pages)
-        return 0 if space is None or not keys else _run_of_hits(space, _idents(keys), self._settings["lookup_timeout_s"])
+        return 0 if space is None or not keys else space.stored_prefixes([_idents(keys)], self._settings["lookup_timeout_s"])[0]
 
     @_quietly(lambda keys: [False] * len(keys))
     def batch_get_v1(self, keys: Sequence[str], host_indices: Any, extra_info: Any = None) -> list[bool]:
@@ -322,18 +321,6 @@ class HiCacheBackend:
                 return
             self._closed = True
         self._attached.close()
-
-
-def _run_of_hits(space: QuietSpace, idents: Sequence[bytes], timeout_s: float) -> int:
-    """How many leading keys are present; a key that the index has not told of at the deadline ends the run."""
-    deadline_s = time.monotonic() + timeout_s
-    waiting = threading.Event()
-    while True:
-        statuses = space.lookup_nowait(idents)
-        run = next((position for position, status in enumerate(statuses) if status is not Status.HIT), len(statuses))
-        if run == len(statuses) or statuses[run] is not Status.PENDING or time.monotonic() >= deadline_s:
-            return run
-        waiting.wait(LOOKUP_POLL_S)
 
 
 def _idents(keys: Sequence[str]) -> list[bytes]:

@@ -17,24 +17,22 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from ..engine.contract import Status, Store
+from ..engine.contract import Store
 from ..format.errors import InvalidConfig
 from ..format.keys import prefix_keys
-from .attached import CLOSE_S, AttachedStore
+from .attached import CLOSE_S, AttachedStore, run_of_hits
 from .transfers import LOAD_TIMEOUT_S
 from .transformers_layout import Geometry, describe
 
 logger = logging.getLogger("kvlode")
 
 TOKENS_PER_BLOCK = 128
-POLL_S = 0.0005
 LOOKUP_TIMEOUT_S = 1.0
 """How long the index may take to say what is stored."""
 _BESIDE_THE_TOKENS = (
@@ -165,7 +163,7 @@ class PrefixCache:
         stored = 0
         for index, (tokens, padding) in enumerate(zip(rows.tokens, rows.padding, strict=True)):
             keys = prefix_keys(tokens[: max(0, slots - padding)], self._tokens, self._salt)
-            known = _run(self._space.lookup_nowait(keys))
+            known = run_of_hits(self._space.lookup_nowait(keys))
             if known == len(keys):
                 stored += known
                 continue
@@ -259,14 +257,7 @@ class PrefixCache:
 
     def _runs(self, keys: Sequence[Sequence[bytes]]) -> list[int]:
         """How many leading blocks of each row are stored. What the index has not said at the deadline counts as absent."""
-        deadline_s = time.monotonic() + min(LOOKUP_TIMEOUT_S, self._load_timeout_s)
-        pause = threading.Event()
-        while True:
-            statuses = [self._space.lookup_nowait(row) for row in keys]
-            waiting = any(run < len(row) and row[run] is Status.PENDING for row, run in ((row, _run(row)) for row in statuses))
-            if not waiting or time.monotonic() >= deadline_s:
-                return [_run(row) for row in statuses]
-            pause.wait(POLL_S)
+        return self._space.stored_prefixes(keys, min(LOOKUP_TIMEOUT_S, self._load_timeout_s))
 
     def _read(self, rows: _Rows, keys: Sequence[Sequence[bytes]], slots: int) -> tuple[list[tuple[Any, Any]], int]:
         """K and V of every layer, ``[batch, heads, slots or more, dim]``, read straight into place; and how many slots are good."""
@@ -292,7 +283,7 @@ class PrefixCache:
             wanted += keys[row][:count]
             outs += [self._geometry.parts(iter(tensors), row, padding + at * self._tokens) for at in range(count)]
         statuses = iter(self._space.get_many_into(wanted, outs, timeout=self._load_timeout_s))
-        good = [_run([next(statuses) for _ in range(count)]) * self._tokens for count in counts]
+        good = [run_of_hits([next(statuses) for _ in range(count)]) * self._tokens for count in counts]
         return tensors, max(0, min(slots, rows.common_slots(good)))
 
     def _filled(self, tensors: Sequence[tuple[Any, Any]], slots: int) -> Any:
@@ -338,11 +329,6 @@ class _Rows:
 
 def _host(ids: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
     return np.asarray(ids.detach().cpu() if hasattr(ids, "detach") else ids).astype(np.int64, copy=False)
-
-
-def _run(statuses: Sequence[Status]) -> int:
-    """Length of the run of hits from the front."""
-    return next((index for index, status in enumerate(statuses) if status is not Status.HIT), len(statuses))
 
 
 def _has_tensor(value: Any) -> bool:

@@ -225,8 +225,7 @@ class Catalog:
             part = wanted[start : start + BATCH_ENTRIES_MAX]
             changes: dict[bytes, bytes | None] = {}
             for (ident, segment_id, offset), value in zip(part, self._indexed([p[0] for p in part]), strict=True):
-                entry = self._unpack(value)
-                if entry is not None and (entry.segment_id, entry.offset) == (segment_id, offset):
+                if self._lies_at((segment_id, offset), value):
                     changes[ident] = None
             if changes:
                 self.change(changes)

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from ..gds.monitor import Monitor
 from .contract import Status
@@ -16,6 +17,27 @@ UNREAD_AGE_S_MAX = 60.0
 """An answer that nobody fetched yet lives longer: a scheduler may come back only after a step of several seconds, and would
 otherwise be told to come back for ever."""
 BATCH_KEYS = 1024
+MATCH_BATCHES = (64, 256, 1024, 4096)
+
+
+def prefix_run(keys: Sequence[bytes], present: Callable[[Sequence[bytes]], Sequence[bool]]) -> int:
+    """Number of leading keys that are present. Asks in growing batches: most prefixes end early, and long ones are cheaper in one piece."""
+    matched = 0
+    batch_sizes = iter(MATCH_BATCHES)
+    while matched < len(keys):
+        batch = keys[matched : matched + next(batch_sizes, MATCH_BATCHES[-1])]
+        found = present(batch)
+        if not all(found):
+            return matched + found.index(False)
+        matched += len(batch)
+    return matched
+
+
+@dataclass(slots=True)
+class _Answer:
+    status: Status
+    since_s: float
+    fetched: bool = False
 
 
 class LookupCache:
@@ -29,8 +51,7 @@ class LookupCache:
         self._resolve = resolve
         self._changed = Monitor()
         self._lock = self._changed.lock
-        self._answers: OrderedDict[bytes, tuple[Status, float]] = OrderedDict()
-        self._unread: set[bytes] = set()
+        self._answers: OrderedDict[bytes, _Answer] = OrderedDict()
         self._wanted: OrderedDict[bytes, None] = OrderedDict()
         self._running: set[bytes] = set()
         self._stopping = False
@@ -53,9 +74,9 @@ class LookupCache:
         with self._lock:
             for ident in idents:
                 known = self._answers.get(ident)
-                if known is not None and now_s - known[1] <= (UNREAD_AGE_S_MAX if ident in self._unread else ANSWER_AGE_S_MAX):
-                    self._unread.discard(ident)
-                    answers.append(known[0])
+                if known is not None and now_s - known.since_s <= (ANSWER_AGE_S_MAX if known.fetched else UNREAD_AGE_S_MAX):
+                    known.fetched = True
+                    answers.append(known.status)
                     continue
                 answers.append(Status.PENDING)
                 if ident not in self._running:
@@ -70,13 +91,11 @@ class LookupCache:
             return
         with self._lock:
             self._answers.pop(ident, None)
-            self._unread.discard(ident)
             self._running.discard(ident)
 
     def clear(self) -> None:
         with self._lock:
             self._answers.clear()
-            self._unread.clear()
             self._running.clear()
 
     def _run(self) -> None:
@@ -100,9 +119,8 @@ class LookupCache:
         with self._lock:
             for ident, present in zip(batch, found, strict=False):
                 if ident in self._running:  # not invalidated meanwhile
-                    self._answers[ident] = (Status.HIT if present else Status.MISS, now_s)
+                    self._answers[ident] = _Answer(Status.HIT if present else Status.MISS, now_s)
                     self._answers.move_to_end(ident)
-                    self._unread.add(ident)
             self._running.difference_update(batch)
             while len(self._answers) > ANSWERS_MAX:
-                self._unread.discard(self._answers.popitem(last=False)[0])
+                self._answers.popitem(last=False)

@@ -19,6 +19,7 @@ from ..format.keys import check_key
 from ..format.namespace import Namespace
 from .blocks import view_block
 from .contract import Block, BlockInfo, BlockSpace, GetJob, LoadEstimate, PutJob, PutStatus, Status
+from .lookups import prefix_run
 from .set_jobs import Leg, Plan, SetReadJob
 from .set_members import Members
 from .set_puts import Puts, put, submit_put
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from .store_set import StoreSet
 
 logger = logging.getLogger("kvlode")
-
-MATCH_BATCHES = (64, 256, 1024, 4096)
 
 
 class SetSpace:
@@ -76,18 +75,13 @@ class SetSpace:
 
     def match_prefix(self, keys: Sequence[bytes]) -> int:
         self._check_usable()
-        matched = 0
-        batch_sizes = iter(MATCH_BATCHES)
-        while matched < len(keys):
-            batch = keys[matched : matched + next(batch_sizes, MATCH_BATCHES[-1])]
-            found = self._members.find(batch)
-            if None in found:
-                return matched + found.index(None)
-            matched += len(batch)
-        return matched
+        return prefix_run(keys, self._present)
 
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
         self._check_usable()
+        return self._present(keys)
+
+    def _present(self, keys: Sequence[bytes]) -> list[bool]:
         return [number is not None for number in self._members.find(keys)]
 
     def lookup_nowait(self, keys: Sequence[bytes]) -> list[Status]:

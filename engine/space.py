@@ -18,6 +18,7 @@ from .blocks import BlockView, copy_spans, cut_spans, view_block
 from .contract import Block, BlockInfo, LoadEstimate, PutStatus, Refusal, Status
 from .entry import Entry, Kind
 from .jobs import ACCEPTED, EXISTS, ReadJob, WriteJob, refused
+from .lookups import prefix_run
 from .namespaces import NamespaceState
 from .read_rate import MEMORY_BYTES_PER_S
 from .reading import read_blocks
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 COPY_PIECE_BYTES = 256 << 10
 """Blocks are copied and hashed in pieces of this size, so that the hash reads what is still in the CPU's cache."""
-MATCH_BATCHES = (64, 256, 1024, 4096)
 
 
 class Space:
@@ -154,15 +154,7 @@ class Space:
 
     def match_prefix(self, keys: Sequence[bytes]) -> int:
         self._core.check_usable()
-        matched = 0
-        batch_sizes = iter(MATCH_BATCHES)
-        while matched < len(keys):
-            batch = keys[matched : matched + next(batch_sizes, MATCH_BATCHES[-1])]
-            found = self._present([self.digest + key for key in batch])
-            if not all(found):
-                return matched + found.index(False)
-            matched += len(batch)
-        return matched
+        return prefix_run(keys, lambda batch: self._present([self.digest + key for key in batch]))
 
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
         self._core.check_usable()
