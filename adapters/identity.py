@@ -50,8 +50,10 @@ def weights_revision(model: str | os.PathLike[str], *, commit: str | None = None
 def hub_commit(model: str, revision: str | None = None) -> str | None:
     """The commit of a hub's model ``org/name`` that this machine's cache holds, without asking the hub; ``None`` when it has none.
 
-    ``revision``: a branch, a tag or a commit; ``None`` is ``main``.
+    ``revision``: a branch, a tag or a commit; ``None`` is ``main``. What is a folder or file here is no model of a hub.
     """
+    if os.path.exists(model):
+        return None
     wanted = revision or "main"
     if re.fullmatch(r"[0-9a-f]{40}", wanted):
         return wanted

@@ -118,7 +118,7 @@ def identity_of(config: Any, settings: Mapping[str, Any]) -> tuple[str, str]:
     arguments = {argument: str(getattr(server, argument, None)) for argument in SERVER_SETTINGS}
     if settings["revision"]:
         return name, f"{settings['revision']} {weights_revision('', settings=arguments)}"
-    commit = None if os.path.exists(place) else hub_commit(place, getattr(server, "revision", None))
+    commit = hub_commit(place, getattr(server, "revision", None))
     if commit is None and not os.path.exists(place):
         logger.warning("%s: other weights under the name %r would not be told apart: set model or revision", WHERE, place)
     try:

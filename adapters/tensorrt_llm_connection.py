@@ -124,7 +124,7 @@ def _check_one_process(llm_args: Any) -> None:
 
 def _revision(llm_args: Any) -> str:
     model = str(llm_args.model)
-    commit = None if os.path.exists(model) else hub_commit(model, getattr(llm_args, "revision", None))
+    commit = hub_commit(model, getattr(llm_args, "revision", None))
     if commit is None and not os.path.exists(model):
         raise InvalidConfig(
             "nothing says which weights this model has",

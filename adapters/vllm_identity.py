@@ -77,7 +77,7 @@ def model_revision(model: str, *, revision: str | None = None, settings: Mapping
     commits nobody here knows which one vLLM loads, so that raises ``InvalidConfig``. Raises ``OSError`` when files cannot be read.
     """
     if revision is not None:
-        commit = None if os.path.exists(model) else hub_commit(model, str(revision))
+        commit = hub_commit(model, str(revision))
         return weights_revision(f"given:{model}", commit=commit or str(revision), settings=settings)
     if os.path.exists(model):
         return weights_revision(model, settings=settings)

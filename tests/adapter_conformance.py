@@ -7,7 +7,6 @@ a device in memory instead. Adapters open either by their settings, as in produc
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Sequence
@@ -24,12 +23,12 @@ from kvlode.gds.device import Device
 from kvlode.gds.late import LateDevice
 from kvlode.gds.memory import MemoryDevice
 from kvlode.gds.testing import Effect, Fault, FaultyDevice
+from kvlode.tools.damage import damage_payloads
 
 WAIT_S = 30.0
 """Longer than anything here takes; reached only by a defect."""
 LOAD_TIMEOUT_S = 1.0
 PREFIX = tuple(range(8))
-PAGE_BYTES = 4096
 
 
 class Engine(Protocol):
@@ -51,20 +50,6 @@ class Engine(Protocol):
         """End the instance, with whatever is under way."""
 
 
-def damage_payloads(folder: Path) -> int:
-    """Flip a bit in every page of every segment that is no header; how many pages."""
-    count = 0
-    for path in sorted((folder / "segments").glob("*.seg")):
-        data = bytearray(path.read_bytes())
-        for offset in range(PAGE_BYTES, len(data), PAGE_BYTES):
-            page = data[offset : offset + PAGE_BYTES]
-            if page[:3] != b"\x89KV" and any(page):
-                data[offset] ^= 0x10
-                count += 1
-        path.write_bytes(data)
-    return count
-
-
 class AdapterConformance:
     """See the module."""
 
@@ -79,10 +64,6 @@ class AdapterConformance:
 
     # --- helpers ------------------------------------------------------------------------------------------------------
 
-    @pytest.fixture
-    def options(self, tmp_path: Path) -> dict[str, Any]:
-        return {"path": os.fspath(tmp_path / "store"), "capacity": "256MiB", "buffer": "32MiB", "gds": "off"}
-
     def on_device(self, monkeypatch: pytest.MonkeyPatch, device: Device) -> dict[str, Any]:
         """Options with which adapters open the real store on ``device``."""
 
@@ -91,6 +72,14 @@ class AdapterConformance:
 
         monkeypatch.setattr(attached, "open_store", open_there)
         return {"path": "/store"}
+
+    def stored_and_reopened(self, options: dict[str, Any]) -> Engine:
+        """A new instance on what another one has stored: ``PREFIX``, on the drive and in no buffer."""
+        engine = self.start(options)
+        engine.store(PREFIX)
+        engine.flush()
+        engine.stop()
+        return self.start(options)
 
     def assert_loads(self, engine: Engine, prefix: Sequence[int]) -> None:
         for block, found in zip(prefix, engine.load(prefix), strict=True):
@@ -177,11 +166,7 @@ class AdapterConformance:
     def test_a_drive_that_fails_to_read_is_misses(self, monkeypatch: pytest.MonkeyPatch) -> None:
         device = FaultyDevice(MemoryDevice())
         options = self.on_device(monkeypatch, device)
-        engine = self.start(options)
-        engine.store(PREFIX)
-        engine.flush()
-        engine.stop()
-        engine = self.start(options)
+        engine = self.stored_and_reopened(options)
         device.inject(Fault("read", times=None))
         assert self.assert_right_or_absent(engine, PREFIX) == 0
         device.clear()
@@ -190,11 +175,7 @@ class AdapterConformance:
     def test_a_bit_that_the_drive_flips_is_a_miss(self, monkeypatch: pytest.MonkeyPatch) -> None:
         device = FaultyDevice(MemoryDevice())
         options = self.on_device(monkeypatch, device)
-        engine = self.start(options)
-        engine.store(PREFIX)
-        engine.flush()
-        engine.stop()
-        engine = self.start(options)
+        engine = self.stored_and_reopened(options)
         device.inject(Fault("read", Effect.BIT_FLIP, times=None))
         assert self.assert_right_or_absent(engine, PREFIX) < len(PREFIX)
         device.clear()
@@ -203,11 +184,7 @@ class AdapterConformance:
     def test_a_drive_that_hangs_costs_a_deadline(self, monkeypatch: pytest.MonkeyPatch) -> None:
         late = LateDevice(MemoryDevice(), holding=())
         options = self.on_device(monkeypatch, late)
-        engine = self.start(options)
-        engine.store(PREFIX)
-        engine.flush()
-        engine.stop()
-        engine = self.start(options)
+        engine = self.stored_and_reopened(options)
         late.hold("read")
         releasing = threading.Timer(3 * LOAD_TIMEOUT_S, late.release)  # an adapter over lent memory may wait for the drive itself
         releasing.start()

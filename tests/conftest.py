@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,6 +54,12 @@ def seed() -> int:
 def rng(seed: int) -> np.random.Generator:
     """A NumPy generator that gives every test the same numbers in every run."""
     return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> dict[str, Any]:
+    """Settings of an adapter with a small store in a folder of the test's own."""
+    return {"path": os.fspath(tmp_path / "store"), "capacity": "256MiB", "buffer": "32MiB", "gds": "off"}
 
 
 @pytest.fixture(autouse=True)

@@ -287,7 +287,36 @@ class Allocator:
         return sum(thing.references > 0 for thing in self.made)
 
 
-class BackendEngine:
+class BackendCalls:
+    """What LMCache does with the plug-in ``backend``. ``key`` makes the key of a block."""
+
+    backend: Any
+    key: Callable[..., Any]
+
+    def put(self, keys: Sequence[Any], objects: Sequence[Any]) -> None:
+        futures = self.backend.batched_submit_put_task(keys, objects) or []
+        for thing in objects:
+            thing.ref_count_down()
+        for future in futures:
+            future.result(WAIT_S)
+
+    def flush(self) -> None:
+        self.backend._attached.flush(WAIT_S)
+
+    def lookup(self, prefix: Sequence[int]) -> int:
+        return int(self.backend.batched_contains([self.key(block) for block in prefix]))
+
+    def load(self, prefix: Sequence[int]) -> list[np.ndarray | None]:
+        found = self.backend.batched_get_blocking([self.key(block) for block in prefix])
+        data = [None if thing is None else np.frombuffer(thing.byte_array, np.uint8).copy() for thing in found]
+        for thing in found:
+            if thing is not None:
+                assert thing.get_ref_count() == 1
+                thing.ref_count_down()
+        return data
+
+
+class BackendEngine(BackendCalls):
     """Drives one plug-in as ``StorageManager`` does: puts with its own references, lookups, blocking gets."""
 
     def __init__(
@@ -319,13 +348,6 @@ class BackendEngine:
         shape = (tokens, 2, SHAPE[3]) if self._layerwise else (SHAPE[0], SHAPE[1], tokens, SHAPE[3])
         return memory_object(data, [shape], [self.dtype], "KV_T2D" if self._layerwise else "KV_2LTD")
 
-    def put(self, keys: Sequence[Any], objects: Sequence[Any]) -> None:
-        futures = self.backend.batched_submit_put_task(keys, objects) or []
-        for thing in objects:
-            thing.ref_count_down()
-        for future in futures:
-            future.result(WAIT_S)
-
     def store(self, prefix: Sequence[int]) -> None:
         objects = [self.object(content(block)) for block in prefix]
         self.put([self.key(block) for block in prefix], objects)
@@ -333,20 +355,6 @@ class BackendEngine:
         while any(thing.get_ref_count() for thing in objects):
             assert time.monotonic() < deadline_s, "a reference is never given back"
             threading.Event().wait(0.001)
-
-    def flush(self) -> None:
-        self.backend._attached.flush(WAIT_S)
-
-    def lookup(self, prefix: Sequence[int]) -> int:
-        return int(self.backend.batched_contains([self.key(block) for block in prefix]))
-
-    def load(self, prefix: Sequence[int]) -> list[np.ndarray | None]:
-        found = self.backend.batched_get_blocking([self.key(block) for block in prefix])
-        data = [None if thing is None else np.frombuffer(thing.byte_array, np.uint8).copy() for thing in found]
-        for thing in found:
-            if thing is not None:
-                thing.ref_count_down()
-        return data
 
     def loads(self, block: int) -> bool:
         data = self.load([block])[0]

@@ -34,11 +34,6 @@ class TestL2(AdapterConformance):
         return content(block)
 
 
-@pytest.fixture
-def options(tmp_path: Path) -> dict[str, Any]:
-    return {"path": os.fspath(tmp_path / "store"), "capacity": "256MiB", "buffer": "32MiB", "gds": "off"}
-
-
 # --- the interface ------------------------------------------------------------------------------------------------------------
 
 

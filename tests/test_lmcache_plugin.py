@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,9 +33,16 @@ class TestBackend(AdapterConformance):
         return content(block)
 
 
-@pytest.fixture
-def options(tmp_path: Path) -> dict[str, Any]:
-    return {"path": os.fspath(tmp_path / "store"), "capacity": "256MiB", "buffer": "32MiB", "gds": "off"}
+def on_a_drive_that_hangs(monkeypatch: pytest.MonkeyPatch) -> tuple[BackendEngine, LateDevice]:
+    """``PREFIX`` is stored, and reads of it wait for the test."""
+    late = LateDevice(MemoryDevice(), holding=())
+    options = TestBackend().on_device(monkeypatch, late)
+    engine = start(options)
+    engine.store(PREFIX)
+    engine.stop()
+    engine = start(options)
+    late.hold("read")
+    return engine, late
 
 
 # --- references ---------------------------------------------------------------------------------------------------------------
@@ -72,13 +78,7 @@ def test_a_loaded_object_has_one_reference_and_a_failed_load_leaves_none(options
 
 
 def test_a_load_that_is_given_up_frees_its_memory_when_the_drive_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    late = LateDevice(MemoryDevice(), holding=())
-    options = TestBackend().on_device(monkeypatch, late)
-    engine = start(options)
-    engine.store(PREFIX)
-    engine.stop()
-    engine = start(options)
-    late.hold("read")
+    engine, late = on_a_drive_that_hangs(monkeypatch)
     monkeypatch.setattr(engine.backend, "_load_timeout_s", LOAD_TIMEOUT_S)
     assert engine.backend.batched_get_blocking([engine.key(block) for block in PREFIX]) == [None] * len(PREFIX)
     assert engine.allocator.in_use() > 0, "its memory was freed while the drive may write into it"
@@ -210,13 +210,7 @@ def test_the_event_loop_finds_loads_and_unpins(options: dict[str, Any]) -> None:
 
 
 def test_a_load_that_the_event_loop_cancelled_leaks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    late = LateDevice(MemoryDevice(), holding=())
-    options = TestBackend().on_device(monkeypatch, late)
-    engine = start(options)
-    engine.store(PREFIX)
-    engine.stop()
-    engine = start(options)
-    late.hold("read")
+    engine, late = on_a_drive_that_hangs(monkeypatch)
 
     async def run() -> None:
         loading = asyncio.create_task(engine.backend.batched_get_non_blocking("lookup", [engine.key(block) for block in PREFIX]))

@@ -25,13 +25,14 @@ import numpy as np
 import pytest
 import torch
 
-from adapter_conformance import PREFIX, WAIT_S, AdapterConformance, damage_payloads
+from adapter_conformance import PREFIX, WAIT_S, AdapterConformance
 from kvlode import InvalidConfig, prefix_keys
 from kvlode.adapters import tensorrt_llm as adapter
 from kvlode.adapters.tensorrt_llm import ConnectorMetadata, SchedulerSide, WorkerSide
 from kvlode.adapters.tensorrt_llm_connection import OPTIONS_VARIABLE
 from kvlode.gds.late import LateDevice
 from kvlode.gds.memory import MemoryDevice
+from kvlode.tools.damage import damage_payloads
 from model import block_bytes
 from rig import eventually
 
@@ -280,8 +281,8 @@ class TestConformance(AdapterConformance):
 
 
 @pytest.fixture
-def options(tmp_path: Path) -> dict[str, Any]:
-    return {"path": os.fspath(tmp_path / "store"), "capacity": "256MiB", "buffer": "32MiB", "gds": "off", "stage_wait_s": WAIT_S}
+def options(options: dict[str, Any]) -> dict[str, Any]:
+    return options | {"stage_wait_s": WAIT_S}
 
 
 @pytest.fixture

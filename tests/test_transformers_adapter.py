@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from adapter_conformance import WAIT_S, AdapterConformance, damage_payloads
+from adapter_conformance import WAIT_S, AdapterConformance
 from kvlode import InvalidBlock, InvalidConfig, MemoryStore, prefix_keys
 from kvlode.adapters.transformers import PrefixCache
+from kvlode.tools.damage import damage_payloads
 from model import block_bytes
 
 BLOCK_TOKENS = 8

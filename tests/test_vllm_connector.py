@@ -236,11 +236,6 @@ class TestConnector(AdapterConformance):
 
 
 @pytest.fixture
-def options(tmp_path: Path) -> dict[str, Any]:
-    return {"path": os.fspath(tmp_path / "store"), "capacity": "256MiB", "buffer": "32MiB", "gds": "off"}
-
-
-@pytest.fixture
 def engine(options: dict[str, Any]) -> Iterator[StandIn]:
     engine = StandIn(vllm_config(options), make_caches())
     yield engine

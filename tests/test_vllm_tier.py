@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapter_conformance import LOAD_TIMEOUT_S, PREFIX, WAIT_S, AdapterConformance, damage_payloads
+from adapter_conformance import LOAD_TIMEOUT_S, PREFIX, WAIT_S, AdapterConformance
 from kvlode import InvalidConfig, Status
 from kvlode.adapters import vllm_identity, vllm_tier
 from kvlode.adapters.vllm_identity import kv_element_type, model_revision, tier_namespace
@@ -21,6 +21,7 @@ from kvlode.adapters.vllm_tier_jobs import Part, Rows, TierJobs
 from kvlode.engine import lookups
 from kvlode.gds.late import LateDevice
 from kvlode.gds.memory import MemoryDevice
+from kvlode.tools.damage import damage_payloads
 from rig import eventually
 from vllm_tier_engine import ROW_BYTES, Lookup, Setting, TierEngine, content, key_of, poll, stand_in_spec
 
@@ -33,11 +34,6 @@ class TestVllmTier(AdapterConformance):
 
     def content(self, block: int) -> np.ndarray:
         return content(block)
-
-
-@pytest.fixture
-def options(tmp_path: Path) -> dict[str, Any]:
-    return {"path": str(tmp_path / "store"), "capacity": "256MiB", "buffer": "32MiB", "gds": "off"}
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 
 from ..format.errors import KvlodeError
-from ..format.layout import PAGE_BYTES
+from .damage import damage_payloads
 from .demo import folder_on_a_drive, parse_answer
 from .demo_vllm_step import ANSWER_TOKENS, VllmOptions
 
@@ -32,22 +32,6 @@ JSON_KEYS = (
 )
 PROCESS_TIMEOUT_S = 600.0
 LOG_LINES = 30
-HEADER_MAGIC = b"\x89KV"
-
-
-def flip_bytes(folder: Path) -> int:
-    """Flip a bit in every page of every segment that is no header; how many."""
-    count = 0
-    for path in sorted((folder / "segments").glob("*.seg")):
-        with path.open("r+b") as file:
-            data = bytearray(file.read())
-            for offset in range(PAGE_BYTES, len(data), PAGE_BYTES):
-                if data[offset : offset + 3] != HEADER_MAGIC and any(data[offset : offset + PAGE_BYTES]):
-                    data[offset] ^= 0x10
-                    count += 1
-            file.seek(0)
-            file.write(data)
-    return count
 
 
 def run_demo(options: VllmOptions, console: Console) -> dict[str, Any]:
@@ -55,7 +39,7 @@ def run_demo(options: VllmOptions, console: Console) -> dict[str, Any]:
     folder = Path(options.store)
     computed = run_step("process 1, computes and stores", options, console)
     restored = run_step("process 2, restores", options, console)
-    console.print(f"flipping a bit in {flip_bytes(folder)} pages of the store")
+    console.print(f"flipping a bit in {damage_payloads(folder)} pages of the store")
     damaged = run_step("process 3, with a damaged store", options, console)
     console.print("deleting the store")
     shutil.rmtree(folder)

@@ -27,7 +27,7 @@ import pytest
 import torch
 
 from adapter_conformance import PREFIX, WAIT_S, AdapterConformance
-from lmcache_rig import BLOCK_BYTES, CHUNK_TOKENS, SHAPE, L2Engine, content, kv_rank
+from lmcache_rig import BLOCK_BYTES, CHUNK_TOKENS, SHAPE, BackendCalls, L2Engine, content, kv_rank
 
 pytest.importorskip("lmcache.lmcache_native", reason="needs LMCache: make .engines/lmcache/.installed")
 
@@ -41,11 +41,6 @@ STARTUP_S = 90.0
 @pytest.fixture(autouse=True)
 def _report_no_usage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LMCACHE_TRACK_USAGE", "false")
-
-
-@pytest.fixture
-def options(tmp_path: Path) -> dict[str, Any]:
-    return {"path": os.fspath(tmp_path / "store"), "capacity": "256MiB", "buffer": "32MiB", "gds": "off"}
 
 
 def spec(options: dict[str, Any], **more: Any) -> str:
@@ -256,7 +251,7 @@ def test_lmcaches_server_starts_with_the_adapter_and_ends_cleanly(options: dict[
 
 
 def test_lmcaches_server_computes_what_is_damaged(options: dict[str, Any]) -> None:
-    from adapter_conformance import damage_payloads
+    from kvlode.tools.damage import damage_payloads
 
     keys, layout = server_keys(8)
     server = Server(options)
@@ -309,7 +304,7 @@ class Loop:
         self._thread.join(WAIT_S)
 
 
-class BackendEngine:
+class BackendEngine(BackendCalls):
     """The plug-in as LMCache's launcher makes it, over a real ``LocalCPUBackend``."""
 
     def __init__(self, options: dict[str, Any], *, model: str = "model", dtype: str = "bfloat16", rank: int = 0, world: int = 1) -> None:
@@ -352,30 +347,8 @@ class BackendEngine:
         np.frombuffer(made.byte_array, np.uint8)[:] = data
         return made
 
-    def put(self, keys: Sequence[Any], objects: Sequence[Any]) -> None:
-        futures = self.backend.batched_submit_put_task(keys, objects) or []
-        for thing in objects:
-            thing.ref_count_down()
-        for future in futures:
-            future.result(WAIT_S)
-
     def store(self, prefix: Sequence[int]) -> None:
         self.put([self.key(block) for block in prefix], [self.object(content(block)) for block in prefix])
-
-    def flush(self) -> None:
-        self.backend._attached.flush(WAIT_S)
-
-    def lookup(self, prefix: Sequence[int]) -> int:
-        return int(self.backend.batched_contains([self.key(block) for block in prefix]))
-
-    def load(self, prefix: Sequence[int]) -> list[np.ndarray | None]:
-        found = self.backend.batched_get_blocking([self.key(block) for block in prefix])
-        data = [None if thing is None else np.frombuffer(thing.byte_array, np.uint8).copy() for thing in found]
-        for thing in found:
-            if thing is not None:
-                assert thing.get_ref_count() == 1
-                thing.ref_count_down()
-        return data
 
     def stop(self) -> None:
         self.backend.close()

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapter_conformance import LOAD_TIMEOUT_S, PREFIX, WAIT_S, AdapterConformance, damage_payloads
+from adapter_conformance import LOAD_TIMEOUT_S, PREFIX, WAIT_S, AdapterConformance
+from kvlode.tools.damage import damage_payloads
 from model import block_bytes
 
 pytestmark = pytest.mark.engines
@@ -183,11 +184,6 @@ class TestUnderTheRealManager(AdapterConformance):
 
     def content(self, block: int) -> np.ndarray:
         return content(block)
-
-
-@pytest.fixture
-def options(tmp_path: Path) -> dict[str, Any]:
-    return {"path": str(tmp_path / "store"), "capacity": "256MiB", "buffer": "32MiB", "gds": "off"}
 
 
 def test_the_factory_finds_the_class(options: dict[str, Any]) -> None:
