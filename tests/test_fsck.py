@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fsck_fixtures import seal_of
 from fsck_stores import BLOCK_BYTES_MAX, DROPPED, ONE, SEGMENT_BYTES, TWO, StoreUnderTest, fill, in_folder, in_memory, tiny
 from kvlode.engine.config import parse_bytes
+from kvlode.engine.index_memory import MemoryIndex
 from kvlode.format.errors import InvalidConfig, PathUnavailable, StoreLocked
 from kvlode.format.layout import LOCK_NAME, PAGE_BYTES, RecordType, segment_name
 from kvlode.format.record import RecordHeader
 from kvlode.format.seal import SealTable
+from kvlode.format.segment import SegmentHeader
 from kvlode.format.walk import find_seal
 from kvlode.gds.memory import MemoryDevice
 from kvlode.gds.testing import Fault, FaultyDevice, Open, RecordingDevice, Sync, Truncate, Write
@@ -25,6 +28,7 @@ from kvlode.tools.fsck.options import CheckOptions, Level, Sample, Stop
 from kvlode.tools.fsck.problems import PROBLEMS, Repair, Severity
 from kvlode.tools.fsck.progress import JsonProgress, amount_text
 from kvlode.tools.fsck.run import check_store
+from kvlode.tools.index_access import GivenSource
 from model import block_bytes
 
 LEVELS = (Level.QUICK, Level.WALK, Level.SAMPLE, Level.FULL)
@@ -375,6 +379,23 @@ def test_arbitrary_files_in_the_place_of_segments_are_one_finding_each(seed: int
         report = target.check()
         assert expected in ids(report), report.findings
         assert ids(report) <= {expected, "IDX-DANGLING"}
+
+
+@pytest.mark.parametrize(("torn", "proven"), [(False, "SEG-BLANK"), (True, "SEG-ALIEN")])
+def test_records_of_a_later_segment_alone_do_not_say_that_this_one_was_written(torn: bool, proven: str) -> None:
+    """Writes to both were in flight when the power failed; the index knows better where it has a checkpoint behind them."""
+    target = fill(in_memory())
+    before, last = target.segment_ids()[-2:]
+    trailer, _ = seal_of(target, last)
+    made_bytes = SegmentHeader.parse(target.read(target.segment_path(last))[:PAGE_BYTES]).segment_bytes
+    unsealed = target.read(target.segment_path(last))[: trailer.data_end]
+    target.replace(target.segment_path(last), unsealed + bytes(made_bytes - len(unsealed)))
+    header_page = bytearray(target.read(target.segment_path(before))[:PAGE_BYTES])
+    header_page[-1] ^= 1
+    target.replace(target.segment_path(before), bytes(header_page) if torn else b"")
+    assert proven in ids(target.check())
+    report = target.check(source=GivenSource(target.device, target.path, MemoryIndex()))
+    assert "SEG-EMPTY" in ids(report) and proven not in ids(report), report.findings
 
 
 def test_a_segment_of_another_store_is_recognised() -> None:

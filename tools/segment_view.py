@@ -71,10 +71,10 @@ class SegmentView:
         return "sealed" if self.sealed else "open"
 
     def mark_blank(self) -> None:
-        """Later segments hold records. Segments are filled one after the other, so this one, which is ``empty``, had some once."""
+        """Later segments were finished. That goes one after the other, so this one, which is ``empty``, had records once."""
         self.blank = True
         self.notes.clear()
-        text = f"{segment_name(self.segment_id)} holds no record in {self.size_bytes} bytes, though later segments hold some"
+        text = f"{segment_name(self.segment_id)} holds no record in {self.size_bytes} bytes, though later segments were finished"
         self.problems.append(f"{text}; its blocks are lost")
 
 

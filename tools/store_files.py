@@ -14,7 +14,7 @@ from ..format.errors import DeviceError, FormatError, PathUnavailable, Unsupport
 from ..format.layout import PAGE_BYTES, SEGMENTS_FOLDER, SUPERBLOCK_NAME, parse_segment_name, segment_name
 from ..format.namespace import Namespace
 from ..format.record import RecordHeader
-from ..format.seal import SealTable
+from ..format.seal import SealTable, Trailer
 from ..format.segment import SegmentHeader
 from ..format.superblock import Superblock
 from ..gds.buffers import aligned_array
@@ -176,24 +176,28 @@ class StoreFiles:
                 allocated_bytes=status.st_blocks * 512,
                 data_end=ranges[-1][1] if ranges else 0,
             )
-        if view.empty and self._is_written_behind(segment_id):
+        if view.empty and self._was_sealed(segment_id):
             view.mark_blank()
         return view
 
-    def _is_written_behind(self, segment_id: int) -> bool:
-        """Whether a later segment of this store holds a record, and none of them says that this one was freed."""
+    def _was_sealed(self, segment_id: int) -> bool:
+        """Whether a later segment of this store was cut to its seal, and none of them says that this one was freed. Each segment
+        is cut only when all before it are sealed; records of a later one alone do not say so."""
         later = [found for found in self.segment_ids() if found > segment_id]
-        headers = [header for found in later if (header := self.header(found)) is not None and header.store_uuid == self.store_uuid]
+        places = {found: self.header(found) for found in later}
+        headers = [h for found, h in places.items() if h is not None and (h.store_uuid, h.segment_id) == (self.store_uuid, found)]
         freed = any(header.first_live_segment > segment_id for header in headers)
-        return not freed and any(self._holds_record(found) for found in later)
+        return not freed and any(self._was_cut(header) for header in headers)
 
-    def _holds_record(self, segment_id: int) -> bool:
+    def _was_cut(self, header: SegmentHeader) -> bool:
         try:
-            with self.reading(segment_id) as read:
-                record = first_record(read)
-        except OSError:  # it is told where its turn comes
+            size_bytes = os.stat(self.segment_path(header.segment_id)).st_size
+            with self.reading(header.segment_id) as read:
+                trailer = Trailer.parse(read(max(0, size_bytes - PAGE_BYTES), PAGE_BYTES))
+        except (OSError, FormatError):  # it is told where its turn comes
             return False
-        return record is not None and (record.store_uuid, record.segment_id) == (self.store_uuid, segment_id)
+        mine = (trailer.store_uuid, trailer.segment_id, trailer.file_bytes) == (self.store_uuid, header.segment_id, size_bytes)
+        return mine and size_bytes < header.segment_bytes
 
     # --- records ----------------------------------------------------------------------------------------------------
 

@@ -56,11 +56,16 @@ class Surroundings:
     """What the segments after this one, the store and its index say about it. Segments are looked at from the newest to the oldest."""
 
     store_uuid: bytes
-    later_sealed: bool = False
-    later_records: bool = False
+    later_committed: bool = False
+    """A later segment was cut to its seal. Writes to several segments may be in flight at once, but each one is cut only when
+    all before it are durable and sealed: records of a later segment alone, or its seal, do not say so."""
     checkpoint: tuple[int, int] | None = None
     """Segment id and offset: the index knows that the log before this place was durable."""
     live: bool = False
+
+    def was_sealed(self, segment_id: int) -> bool:
+        """Whether this segment was durable and sealed once, by what is known of others."""
+        return self.later_committed or (self.checkpoint is not None and segment_id < self.checkpoint[0])
 
 
 @dataclass(slots=True)
@@ -195,7 +200,7 @@ def _add_gaps(damaged: Sequence[tuple[int, int]], ref: SegmentRef, looked: Looke
 def _look_unsealed(reader: SegmentReader, first: FirstPage, around: Surroundings, looked: Looked) -> None:
     ref = reader.ref
     end = reader.data_end()
-    cut = _was_cut_to_its_seal(first, around)
+    cut = was_cut_to_its_seal(first, around)
     scan = scan_unsealed(
         reader.read, end=end, store_uuid=around.store_uuid, segment_id=ref.segment_id,
         durable_bytes=end if cut else _durable_by_checkpoint(ref, around), verify_payloads=not cut,
@@ -220,7 +225,7 @@ def _look_unsealed(reader: SegmentReader, first: FirstPage, around: Surroundings
     _add_gaps(look.damaged, ref, looked, "no table of contents says what was there")
 
 
-def _was_cut_to_its_seal(first: FirstPage, around: Surroundings) -> bool:
+def was_cut_to_its_seal(first: FirstPage, around: Surroundings) -> bool:
     """Files are preallocated, and truncated only when their seal is durable: so one of another size had a seal."""
     return _of_this_place(first, around) and first.header is not None and 0 < first.ref.size_bytes < first.header.segment_bytes
 
@@ -246,23 +251,23 @@ def _trailer_gone(seal: RecordHeader, look: SegmentLook, looked: Looked) -> None
 
 
 def _not_sealed(scan: SegmentScan, ref: SegmentRef, around: Surroundings, looked: Looked) -> None:
-    looked.add("SEG-SEAL-MISSING" if around.later_sealed else "SEG-UNSEALED", ref, scan.data_end)
+    looked.add("SEG-SEAL-MISSING" if around.was_sealed(ref.segment_id) else "SEG-UNSEALED", ref, scan.data_end)
     if scan.end.kind is WalkEndKind.BREAK:
         looked.add("SEG-TAIL-TORN", ref, scan.data_end, error=str(scan.end.error))
 
 
 def _without_records(reader: SegmentReader, first: FirstPage, around: Surroundings, looked: Looked, end: int) -> None:
     """No record of this place: an unused segment, one of another place, or bytes that mean nothing."""
-    ref, header = first.ref, first.header
+    ref, header, sealed_once = first.ref, first.header, around.was_sealed(first.ref.segment_id)
     if header is not None and not _of_this_place(first, around):
         _misplaced(header.store_uuid, header.segment_id, first, around, looked)
     elif header is None and first.record_uuid is not None and first.record_uuid != around.store_uuid:
         _misplaced(first.record_uuid, ref.segment_id, first, around, looked)
-    elif first.foreign or (around.later_records and not (first.blank and _blank(reader, PAGE_BYTES, end))):
+    elif first.foreign or (sealed_once and not (first.blank and _blank(reader, PAGE_BYTES, end))):
         reason = str(first.error) if first.error is not None else "an intact header is followed by bytes that are no record"
         looked.add("SEG-ALIEN", ref, 0, size=ref.size_bytes, error=reason)
-    else:  # without later records a crash explains it, torn pages included: nothing of it was ever acknowledged
-        looked.add("SEG-BLANK" if around.later_records else "SEG-EMPTY", ref, 0, size=ref.size_bytes)
+    else:  # a crash explains it where it was not sealed, torn pages included: nothing of it was ever acknowledged
+        looked.add("SEG-BLANK" if sealed_once else "SEG-EMPTY", ref, 0, size=ref.size_bytes)
 
 
 def _misplaced(store_uuid: bytes, segment_id: int, first: FirstPage, around: Surroundings, looked: Looked) -> None:

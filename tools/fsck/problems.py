@@ -105,8 +105,8 @@ _SEGMENTS = (
     ),
     Problem(
         "SEG-BLANK", _X, Repair.SET_ASIDE, _LOSSLESS,
-        "{path} holds no record in {size} bytes, though later segments hold some",
-        "Segments are filled one after the other, so this one had records once: the file was emptied or overwritten with zeros. "
+        "{path} holds no record in {size} bytes, though later segments were finished",
+        "Segments are finished one after the other, so this one had records once: the file was emptied or overwritten with zeros. "
         "Its blocks are lost. The repair moves the file to quarantine.",
     ),
     Problem(
@@ -134,7 +134,7 @@ _SEGMENTS = (
     ),
     Problem(
         "SEG-SEAL-MISSING", _D, Repair.RESEAL, _LOSSLESS,
-        "{path} is not sealed, though a later segment is; its log ends at {offset}",
+        "{path} is not sealed, though later segments were finished; its log ends at {offset}",
         "Segments are sealed in order, so this one had a seal: it was damaged, or the file was copied while it was being "
         "written. Its records are found by walking. The repair seals it anew.",
     ),

@@ -13,7 +13,7 @@ from ...format.errors import DeviceError, PathUnavailable, StoreLocked
 from ...format.layout import LOCK_NAME, PAGE_BYTES, parse_segment_name
 from ...gds.device import Device
 from .check_runs import SegmentReading
-from .check_segments import SegmentLook, Surroundings
+from .check_segments import SegmentLook, Surroundings, was_cut_to_its_seal
 from .check_space import account, check_names, check_quarantine
 from .check_superblock import FirstPage, check_superblock, majority_uuid, read_first_pages
 from .findings import Finding, Report
@@ -237,19 +237,19 @@ class _Run:
         mine = [f.header for f in self._firsts if f.header and (f.header.store_uuid, f.header.segment_id) == (self._uuid, f.ref.segment_id)]
         first_live = max((header.first_live_segment for header in mine), default=0)
         self._progress.begin("segment headers and seals", len(self._firsts), "segments")
-        later_sealed = later_records = False
+        later_committed = False
         for first in reversed(self._firsts):
             self._stop.check()
             if first.ref.segment_id < first_live:
                 place = (first.ref.name, first.ref.segment_id)
                 self.report.add(Finding("SEG-FREED", *place, facts={"first_live": first_live}))
                 continue
-            around = Surroundings(self._uuid, later_sealed, later_records, self._index.checkpoint, self._options.live)
+            around = Surroundings(self._uuid, later_committed, self._index.checkpoint, self._options.live)
             look = self._look(first, around)
             self._progress.advance(1, first.ref.name)
             if look is not None:
                 self._looks.append(look)
-                later_sealed, later_records = later_sealed or look.sealed, True
+                later_committed = later_committed or (look.sealed and was_cut_to_its_seal(first, around))
 
     def _look(self, first: FirstPage, around: Surroundings) -> SegmentLook | None:
         ref = first.ref

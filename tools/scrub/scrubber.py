@@ -260,7 +260,7 @@ class Scrubber:
         questions = OpenQuestions()
         passes = SegmentPasses(report, self._progress, self._stop, self._workers, questions)
         later = ref.segment_id < self.survey.last_sealed
-        around = Surroundings(self._uuid, later_sealed=later, later_records=later, live=not later)
+        around = Surroundings(self._uuid, later_committed=later, live=not later)
         with opened(self._device, ref) as reader:
             if reader is None:
                 return
