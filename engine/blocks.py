@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from ..format.errors import InvalidBlock
+from ..format.errors import InvalidBlock, InvalidConfig
 from ..format.namespace import ELEMENT_SIZES
 from .contract import Block
 
@@ -105,6 +105,12 @@ def view_block(block: Block, *, writable: bool, dtype: str, bytes_max: int | Non
             action="Open a namespace with a larger block_bytes_max, or put fewer tokens a block.",
         )
     return view
+
+
+def check_start(start_bytes: int) -> None:
+    """Raise ``InvalidConfig`` unless this can be the place where a part of a block begins."""
+    if start_bytes < 0:
+        raise InvalidConfig("a part begins before its block", expected="start_bytes of 0 or more", actual=start_bytes)
 
 
 def cut_spans(spans: Sequence[Span], start: int, stop: int) -> list[Span]:

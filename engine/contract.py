@@ -233,6 +233,24 @@ class BlockSpace(Protocol):
         """Read blocks into the destinations in the background. ``stream``: a CUDA stream that the copies are ordered on."""
         ...
 
+    def submit_get_range(
+        self,
+        keys: Sequence[bytes],
+        outs: Sequence[Block],
+        start_bytes: int,
+        *,
+        stream: Any | None = None,
+        queue: CompletionQueue | None = None,
+    ) -> GetJob:
+        """Read the same part of each block: its bytes from ``start_bytes`` on, as many as its destination takes.
+
+        Only that part is read from the drive, in whole stripes (256 KiB of raw bytes, more in very long blocks). ``WRONG_SIZE``
+        for a block that ends before the part does. Also for tensors ``start_bytes`` counts bytes.
+
+        What is read is checked by the checksums of its stripes, not by that of the whole block.
+        """
+        ...
+
     def get_into(self, key: bytes, out: Block, *, timeout: float | None = None) -> Status:
         """Read one block."""
         ...

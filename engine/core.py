@@ -105,7 +105,7 @@ class Core:
         self.pins = PinTable(self.budget.for_segments(0, 0), self._record_bytes)
         self._encode_pool = WorkerPool("kvlode-encode", self.config.encode_threads)
         self._decode_pool = WorkerPool("kvlode-decode", self.config.encode_threads)
-        self._read_pool = WorkerPool("kvlode-read", self.config.io_threads)
+        self.read_pool = WorkerPool("kvlode-read", self.config.io_threads)
         self._job_pool = WorkerPool("kvlode-job", JOB_THREADS)
         self._bounce = SlotPool(EXTENT_BYTES_MAX, max(self.config.bounce_bytes, EXTENT_BYTES_MAX), page_lock=True)
         self._staging = SlotPool(self.config.batch_bytes + 2 * MIB, STAGING_SLOTS * (self.config.batch_bytes + 2 * MIB), page_lock=True)
@@ -113,11 +113,11 @@ class Core:
             self.device,
             self.segments,
             self.superblock.store_uuid,
-            self._read_pool,
+            self.read_pool,
             self._decode_pool,
             self._bounce,
             self.counters,
-            self._on_useless,
+            self.on_useless,
         )
         self.lookups = LookupCache(self._present)
         if recovered is not None:
@@ -248,7 +248,7 @@ class Core:
         if not self.follower:
             self.commit.call(lambda: self.catalog.drop_if_at([(ident, entry.segment_id, entry.offset)]))
 
-    def _on_useless(self, request: ReadRequest, error: FormatError | None) -> None:
+    def on_useless(self, request: ReadRequest, error: FormatError | None) -> None:
         """A record is damaged (``error``) or its segment is gone."""
         if error is not None:
             logger.error("block %s is dropped: %s", request.key.hex(), error)
@@ -339,7 +339,7 @@ class Core:
             if done:
                 self.commit.call(self.commit.sync_index)
             done = self.commit.stop(_remaining(deadline_s)) and done
-        for pool in (self._job_pool, self._read_pool, self._decode_pool, self._encode_pool):
+        for pool in (self._job_pool, self.read_pool, self._decode_pool, self._encode_pool):
             done = pool.shutdown(_remaining(deadline_s)) and done
         done = self._shared_heat.stop(_remaining(deadline_s)) and done
         if not done:

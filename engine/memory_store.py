@@ -19,7 +19,7 @@ from ..format.errors import InvalidConfig, StoreClosed
 from ..format.keys import check_key, check_meta, tag_digest
 from ..format.layout import ZERO_DIGEST
 from ..format.namespace import Namespace
-from .blocks import BlockView, view_block
+from .blocks import BlockView, check_start, view_block
 from .config import Clock, SystemClock, parse_bytes
 from .contract import Block, BlockInfo, LoadEstimate, PutStatus, Refusal, Status
 from .events import EventBatch, EventKind, EventLog
@@ -301,6 +301,15 @@ class MemorySpace:
         return LoadEstimate(size_bytes, size_bytes, size_bytes / MEMORY_BYTES_PER_S)
 
     def submit_get(self, keys: Sequence[bytes], outs: Sequence[Block], *, stream: Any | None = None, queue: Any | None = None) -> ReadJob:
+        return self._submit_get(keys, outs, None, stream, queue)
+
+    def submit_get_range(
+        self, keys: Sequence[bytes], outs: Sequence[Block], start_bytes: int, *, stream: Any | None = None, queue: Any | None = None
+    ) -> ReadJob:
+        check_start(start_bytes)
+        return self._submit_get(keys, outs, start_bytes, stream, queue)
+
+    def _submit_get(self, keys: Sequence[bytes], outs: Sequence[Block], part_start: int | None, stream: Any, queue: Any) -> ReadJob:
         self._store.check_usable()
         _check_lengths("destinations", len(keys), len(outs))
         for key in keys:
@@ -308,7 +317,7 @@ class MemorySpace:
         views = [view_block(out, writable=True, dtype=self.descriptor.dtype) for out in outs]
         job = ReadJob(len(keys), queue)
         for position, (key, view) in enumerate(zip(keys, views, strict=True)):
-            job.settle(position, self._read(key, view, stream))
+            job.settle(position, self._read(key, view, part_start, stream))
         return job
 
     def get_into(self, key: bytes, out: Block, *, timeout: float | None = None) -> Status:
@@ -317,7 +326,7 @@ class MemorySpace:
     def get_many_into(self, keys: Sequence[bytes], outs: Sequence[Block], *, timeout: float | None = None) -> list[Status]:
         return list(self.submit_get(keys, outs).statuses)
 
-    def _read(self, key: bytes, view: BlockView, stream: Any) -> Status:
+    def _read(self, key: bytes, view: BlockView, part_start: int | None, stream: Any) -> Status:
         store, ident = self._store, self.digest + key
         with store.lock:
             block = store.blocks.get(ident)
@@ -328,7 +337,8 @@ class MemorySpace:
                 store.remove(ident)
                 store.counters.add("expired_blocks")
                 return Status.EXPIRED
-            if block.data.nbytes != view.nbytes:
+            start = part_start or 0
+            if (part_start is None and block.data.nbytes != view.nbytes) or start + view.nbytes > block.data.nbytes:
                 store.counters.add("wrong_size_reads")
                 return Status.WRONG_SIZE
             store.use(self.digest, [key])
@@ -338,7 +348,7 @@ class MemorySpace:
                     store.remove(ident)
             store.counters.add("corrupt_blocks")
             return Status.CORRUPT
-        view.copy_from_host([block.data], stream)
+        view.copy_from_host([block.data[start : start + view.nbytes]], stream)
         store.counters.add_many({"hits": 1, "get_bytes": view.nbytes})
         return Status.HIT
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..format.errors import InvalidConfig, KvlodeError
 from ..format.keys import check_key
 from ..format.namespace import Namespace
-from .blocks import view_block
+from .blocks import check_start, view_block
 from .contract import Block, BlockInfo, BlockSpace, GetJob, LoadEstimate, PutJob, PutStatus, Status
 from .lookups import prefix_run
 from .set_jobs import Leg, Plan, SetReadJob
@@ -104,6 +104,15 @@ class SetSpace:
     # --- getting ----------------------------------------------------------------------------------------------
 
     def submit_get(self, keys: Sequence[bytes], outs: Sequence[Block], *, stream: Any | None = None, queue: Any | None = None) -> GetJob:
+        return self._submit_get(keys, outs, None, stream, queue)
+
+    def submit_get_range(
+        self, keys: Sequence[bytes], outs: Sequence[Block], start_bytes: int, *, stream: Any | None = None, queue: Any | None = None
+    ) -> GetJob:
+        check_start(start_bytes)
+        return self._submit_get(keys, outs, start_bytes, stream, queue)
+
+    def _submit_get(self, keys: Sequence[bytes], outs: Sequence[Block], start_bytes: int | None, stream: Any, queue: Any) -> GetJob:
         self._check_usable()
         self._check_destinations(keys, outs)
 
@@ -111,7 +120,11 @@ class SetSpace:
             wanted, targets = [keys[p] for p in leg.positions], [outs[p] for p in leg.positions]
             space = self._members.space(leg.number)
             try:
-                return None if space is None else space.submit_get(wanted, targets, stream=stream, queue=ending)
+                if space is None:
+                    return None
+                if start_bytes is None:
+                    return space.submit_get(wanted, targets, stream=stream, queue=ending)
+                return space.submit_get_range(wanted, targets, start_bytes, stream=stream, queue=ending)
             except Exception as error:  # closed meanwhile: a miss; and this may run on a thread of another store
                 logger.debug("store %d of the set does not answer: %s", leg.number, error)
                 return None

@@ -14,7 +14,7 @@ from ..format.errors import InvalidBlock, InvalidConfig, StoreFailed
 from ..format.keys import check_key, check_meta, key_digest, tag_digest
 from ..format.layout import ZERO_DIGEST
 from ..format.namespace import Namespace
-from .blocks import BlockView, copy_spans, cut_spans, view_block
+from .blocks import BlockView, check_start, copy_spans, cut_spans, view_block
 from .contract import Block, BlockInfo, LoadEstimate, PutStatus, Refusal, Status
 from .entry import Entry, Kind
 from .jobs import ACCEPTED, EXISTS, ReadJob, WriteJob, refused
@@ -190,10 +190,20 @@ class Space:
     # --- getting ----------------------------------------------------------------------------------------------
 
     def submit_get(self, keys: Sequence[bytes], outs: Sequence[Block], *, stream: Any | None = None, queue: Any | None = None) -> ReadJob:
-        self._core.check_usable()
+        return self._submit_get(keys, outs, None, stream, queue)
+
+    def submit_get_range(
+        self, keys: Sequence[bytes], outs: Sequence[Block], start_bytes: int, *, stream: Any | None = None, queue: Any | None = None
+    ) -> ReadJob:
+        check_start(start_bytes)
+        return self._submit_get(keys, outs, start_bytes, stream, queue)
+
+    def _submit_get(self, keys: Sequence[bytes], outs: Sequence[Block], part_start: int | None, stream: Any, queue: Any) -> ReadJob:
+        core = self._core
+        core.check_usable()
         views = self._destinations(keys, outs)
         job = ReadJob(len(keys), queue)
-        self._core.start_job(job, lambda: read_blocks(self._core, self.digest, job, keys, views, direct=True, stream=stream))
+        core.start_job(job, lambda: read_blocks(core, self.digest, job, keys, views, direct=True, stream=stream, part_start=part_start))
         return job
 
     def get_into(self, key: bytes, out: Block, *, timeout: float | None = None) -> Status:

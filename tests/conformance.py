@@ -385,6 +385,51 @@ class StoreConformance:
             assert store.flush()
         assert read(space, b"old", 1000)[0] is Status.EXPIRED
 
+    def test_a_part_is_the_same_bytes_as_in_the_whole_block(self, store: Store, space: BlockSpace) -> None:
+        sizes = (700_000, 1_200_001, 524_288)
+        blocks = [block_bytes(key, version, size) for version, (key, size) in enumerate(zip(KEYS, sizes, strict=False))]
+        assert space.submit_put(KEYS[:3], blocks).wait(WAIT_S)
+        parts = [(0, 1), (5, 262_139), (262_144, 262_144), (262_143, 2), (100_003, 400_000), (524_287, 1)]
+        for _ in range(2):
+            for start, length in parts:
+                around = [np.full(length + 64, 0xA5, np.uint8) for _ in range(4)]
+                inner: list[Any] = [buffer[32:-32] for buffer in around]
+                if length > 1:
+                    inner[2] = [inner[2][: length // 2], inner[2][length // 2 :]]
+                job = space.submit_get_range([*KEYS[:3], b"absent"], inner, start)
+                assert job.wait(WAIT_S) and list(job.statuses) == [Status.HIT] * 3 + [Status.MISS]
+                for block, buffer in zip(blocks, around, strict=False):
+                    assert np.array_equal(buffer[32:-32], block[start : start + length])
+                for buffer in around:
+                    assert (buffer[:32] == 0xA5).all() and (buffer[-32:] == 0xA5).all()
+            assert store.flush()
+
+    def test_a_part_that_ends_behind_its_block_is_a_wrong_size(self, store: Store, space: BlockSpace) -> None:
+        assert space.put(b"k", np.ones(1000, np.uint8))
+        for _ in range(2):
+            out = np.zeros(10, np.uint8)
+            for start, status in ((990, Status.HIT), (991, Status.WRONG_SIZE), (1000, Status.WRONG_SIZE), (1 << 40, Status.WRONG_SIZE)):
+                job = space.submit_get_range([b"k"], [out], start)
+                assert job.wait(WAIT_S) and job.statuses[0] is status
+            assert space.contains([b"k"]) == [True] and store.flush()
+        with pytest.raises(InvalidConfig, match="begins before"):
+            space.submit_get_range([b"k"], [out], -1)
+
+    def test_a_part_that_is_damaged_is_reported_once_and_then_missed(self) -> None:
+        if not self.can_damage:
+            pytest.skip("this store cannot be damaged from outside")
+        store = self.make_store()
+        space = store.namespace(descriptor())
+        assert space.put(b"k", block_bytes(b"k", 1, 500_000)) and store.flush()
+        store = self.damage(store, space, b"k")
+        space = store.namespace(descriptor())
+        for status in (Status.CORRUPT, Status.MISS):
+            job = space.submit_get_range([b"k"], [np.zeros(5000, np.uint8)], 0)
+            assert job.wait(WAIT_S) and job.statuses[0] is status
+            assert store.flush()
+        assert space.contains([b"k"]) == [False]
+        assert store.close()
+
     def test_a_job_is_done_when_every_status_is_final(self, store: Store, space: BlockSpace) -> None:
         blocks = [block_bytes(key, i, 70_000) for i, key in enumerate(KEYS)]
         assert space.submit_put(KEYS, blocks).wait(WAIT_S)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from conformance import StoreConformance
-from kvlode import BlockSpace, Store
+from kvlode import BlockSpace, Status, Store
+from kvlode.engine.testing import ManualClock
 from model import descriptor
 from rig import KIB, MIB, Rig
 
@@ -58,3 +59,14 @@ class TestDiskStoreWithoutCleanBlocks(DiskConformance):
     """Everything that was flushed is read from the device."""
 
     options: ClassVar[dict[str, object]] = {"serve_clean": False, "flush_after_s": 0.0}
+
+
+def test_a_part_costs_the_drive_the_stripes_that_cover_it() -> None:
+    rig = Rig(ManualClock(), capacity=64 * MIB, segment_bytes=8 * MIB, buffer=8 * MIB, serve_clean=False, codec="raw")
+    space = rig.store.namespace(descriptor())
+    assert space.put(b"k", np.zeros(4 * MIB, np.uint8)) and rig.store.flush()
+    before = rig.store.stats()["io"]["memory"]["read_bytes"]
+    job = space.submit_get_range([b"k"], [np.empty(300 * KIB, np.uint8)], MIB)
+    assert job.wait(30.0) and job.statuses[0] is Status.HIT
+    assert rig.store.stats()["io"]["memory"]["read_bytes"] - before == 512 * KIB + 4 * KIB  # two stripes and the header page
+    assert rig.store.close()
