@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import OrderedDict
@@ -16,7 +17,8 @@ ANSWER_AGE_S_MAX = 1.0
 UNREAD_AGE_S_MAX = 60.0
 """An answer that nobody fetched yet lives longer: a scheduler may come back only after a step of several seconds, and would
 otherwise be told to come back for ever."""
-BATCH_KEYS = 1024
+BATCH_KEYS = 128
+"""The index holds the interpreter while it looks a batch up (4 to 7 us a key), and whoever asks here waits for that."""
 MATCH_BATCHES = (64, 256, 1024, 4096)
 
 
@@ -104,7 +106,7 @@ class LookupCache:
             with self._lock:
                 if self._stopping:
                     return
-                batch = list(self._wanted)[:BATCH_KEYS]
+                batch = list(itertools.islice(self._wanted, BATCH_KEYS))
                 for ident in batch:
                     del self._wanted[ident]
                 self._running.update(batch)

@@ -23,7 +23,15 @@ MIB = 1 << 20
 FIGURES = {
     *("write_raw", "write_raw.fresh", "read_raw.aligned", "read_raw.tensors", "dram_get"),
     *("compression.ratio", "codec.encode", "codec.decode"),
-    *("match_1m.present", "match_1m.absent", "reopen_1m.clean", "reopen_1m.killed", "memory_beyond_buffer"),
+    *(
+        "match_1m.present",
+        "match_1m.absent",
+        "lookup_nowait_1m.p50",
+        "lookup_nowait_1m.p99",
+        "reopen_1m.clean",
+        "reopen_1m.killed",
+        "memory_beyond_buffer",
+    ),
 }
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ...engine.contract import BlockSpace, Status
 from ...format.errors import KvlodeError
 from .figures import Bar, Item, value_item
 from .setting import Setting
@@ -25,10 +27,13 @@ CLEAN_BAR = Bar(1.0, "at most")
 KILLED_BAR = Bar(3.0, "at most")
 MEMORY_BAR = Bar(512.0, "at most")
 MATCH_KEYS = 4096
+NOWAIT_BAR = Bar(1.0, "at most")
+NOWAIT_KEYS = 128
+NOWAIT_REQUESTS = 200
 KILLED_ROUNDS = 5
 KILLED_SURPLUS_KEYS = 20_000
 BYTES_A_KEY = 8192
-NAMES = ("match_1m", "reopen_1m", "memory_beyond_buffer")
+NAMES = ("match_1m", "lookup_nowait_1m", "reopen_1m", "memory_beyond_buffer")
 
 
 class Million:
@@ -62,6 +67,8 @@ class Million:
             self._reopen_s()
         if "match_1m" in self._wanted:
             items += self._match_items()
+        if "lookup_nowait_1m" in self._wanted:
+            items += self._nowait_items()
         if "memory_beyond_buffer" in self._wanted:
             items.append(self._memory_item())
         shutil.rmtree(self._path)
@@ -123,6 +130,35 @@ class Million:
             self._item("match_1m.absent", absent_us, "us/key", MATCH_BAR, first_round=absent_us[0], **facts),
         ]
 
+    def _nowait_items(self) -> list[Item]:
+        """What a scheduler waits for: each call of a lookup for 128 keys, while the index is asked for those of other requests.
+
+        Every request is asked for again until it is answered, as a scheduler does at each of its steps.
+        """
+        _drop_from_page_cache(f"{self._path}/index")
+        generator = np.random.default_rng(2)
+        p50_ms: list[float] = []
+        p99_ms: list[float] = []
+        wrong = ""
+        with opened(self._path, **self._options) as store:
+            space = store.namespace(bench_namespace(SMALL_BLOCK_BYTES))
+            self._setting.settle(store)
+            for _ in range(self._setting.rounds):
+                requests = [
+                    [bench_key(number) for number in row]
+                    for row in generator.integers(0, self._keys, (NOWAIT_REQUESTS, NOWAIT_KEYS)).tolist()
+                ]
+                calls_s, found = _answered(space, requests)
+                p50_ms.append(float(np.percentile(calls_s, 50)) * 1e3)
+                p99_ms.append(float(np.percentile(calls_s, 99)) * 1e3)
+                if found != NOWAIT_REQUESTS * NOWAIT_KEYS:
+                    wrong = f"{found} of {NOWAIT_REQUESTS * NOWAIT_KEYS} present keys were found"
+        facts: dict[str, Any] = {"void": wrong or None, "keys_a_call": NOWAIT_KEYS, "requests": NOWAIT_REQUESTS}
+        return [
+            self._item("lookup_nowait_1m.p50", p50_ms, "ms", NOWAIT_BAR, **facts),
+            self._item("lookup_nowait_1m.p99", p99_ms, "ms", NOWAIT_BAR, first_round=p99_ms[0], worst=max(p99_ms), **facts),
+        ]
+
     # --- memory -------------------------------------------------------------------------------------------------
 
     def _memory_item(self) -> Item:
@@ -136,6 +172,28 @@ class Million:
             void = f"{measured['correct']} of {measured['asked']} blocks and {measured['found']} of {measured['looked_up']} keys came back"
         mib = measured["beyond_bytes"] / MIB
         return self._item("memory_beyond_buffer", [mib], "MiB", MEMORY_BAR, void=void, buffer_bytes=self._options["buffer"])
+
+
+def _answered(space: BlockSpace, requests: list[list[bytes]]) -> tuple[list[float], int]:
+    """Ask for four requests in turn until each is answered, then for the next four: seconds of each call, and the hits in the end."""
+    calls_s: list[float] = []
+    hits = 0
+    step = threading.Event()  # never set: a scheduler's step
+    for first in range(0, len(requests), 4):
+        open_requests = requests[first : first + 4]
+        while open_requests:
+            left = []
+            for keys in open_requests:
+                started = time.perf_counter()
+                statuses = space.lookup_nowait(keys)
+                calls_s.append(time.perf_counter() - started)
+                if Status.PENDING in statuses:
+                    left.append(keys)
+                else:
+                    hits += statuses.count(Status.HIT)
+            open_requests = left
+            step.wait(0.0005)
+    return calls_s, hits
 
 
 def _drop_from_page_cache(folder: str) -> None:
