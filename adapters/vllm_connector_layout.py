@@ -66,6 +66,7 @@ class CacheLayout:
         self.block_bytes = sum(run.size_bytes for run in self.runs)
         first = next(iter(kv_caches.values()))
         self.dtype = str(first.dtype).removeprefix("torch.")
+        self.device = first.device
         self.device_type = str(first.device.type)
         digest = hashlib.blake2b(json.dumps(described).encode(), digest_size=8).hexdigest()
         self.name = f"kvlode-{LAYOUT_VERSION}:{described[0][1]}:{len(kv_caches)} layers:{digest}"

@@ -1,10 +1,9 @@
 """The worker side of the vLLM connector: blocks between the tensors of vLLM's cache and the store, asynchronously.
 
-Stores borrow (``own="borrow"``): a full block does not change while its request holds it, vLLM keeps a finished request's blocks
-until its stores are reported, and before a preempted request's blocks are given away its stores are waited for
-(``handle_preemptions``). So nothing is copied, and no buffer has to be as large as a prompt. Where a store does not end in time its
-keys are deleted before the memory goes back: what may have been overwritten while it was read is never found.
-On a GPU the store itself copies each block to host memory when it is submitted, ordered on the current stream.
+The thread that runs the model asks the store for nothing that may have to wait for the drive: loads run on the store's own threads, and
+stores are worked off on one thread of the adapter (``vllm_connector_saves``). A full block does not change while its request holds it,
+vLLM keeps a finished request's blocks until its stores are reported, and before a preempted request's blocks are given away its stores
+are waited for (``handle_preemptions``). Where a store does not end in time it is withdrawn before the memory goes back.
 """
 
 from __future__ import annotations
@@ -17,21 +16,24 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..engine.config import parse_bytes
 from ..format.namespace import Namespace
-from .attached import AttachedStore, QuietSpace
+from .attached import DEFAULTS, AttachedStore, QuietSpace
 from .transfers import LOAD_TIMEOUT_S, Transfers
 from .vllm_connector_layout import CacheLayout, connector_namespace
+from .vllm_connector_saves import Save, Saver
 
 logger = logging.getLogger("kvlode")
 
 WHERE = "kv_connector_extra_config"
 STORE_TIMEOUT_S = 30.0
-"""How long a finished request's blocks are kept for a store that does not end."""
+"""How long a finished request's blocks are kept for a store that does not end. A store that does not get on for so long gets no more."""
 PREEMPTION_TIMEOUT_S = 5.0
 """How long a step waits for the stores of requests that lose their blocks in it."""
 IDLE_WAIT_S = 0.002
 """With nothing to compute vLLM polls without a pause; a job that ends wakes this at once, and its threads need the cores."""
 DRAIN_TIMEOUT_S = 10.0
+CLOSE_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,12 @@ class Settings:
     def parse(cls, extra: Mapping[str, Any]) -> Settings:
         own = {name: extra[name] for name in ("load_timeout_s", "store_timeout_s", "min_load_tokens", "revision") if name in extra}
         return cls({name: value for name, value in extra.items() if name not in own}, **own)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """As much as the store takes for its buffer is taken for copies of blocks on their way there. Raises ``InvalidConfig``."""
+        size = self.options.get("buffer") or self.options.get("buffer_bytes") or DEFAULTS["buffer"]
+        return parse_bytes(size, "buffer")
 
     def for_folder(self, folder: str) -> dict[str, Any]:
         return {**self.options, "path": folder}
@@ -115,11 +123,12 @@ class WorkerSide:
         self._rank = rank
         self._folder = folder_of_rank(str(settings.options.get("path") or ""), vllm_config.parallel_config, rank)
         self._attached = AttachedStore.open(settings.for_folder(self._folder) if self._folder else settings.options, where=WHERE)
-        self._space: QuietSpace | None = None
+        self._descriptor: Namespace | None = None
         self._layout: CacheLayout | None = None
-        self._loads, self._stores = Transfers(settings.load_timeout_s), Transfers()
+        self._loads = Transfers(settings.load_timeout_s)
         self._loading: dict[Hashable, Blocks] = {}
-        self._storing: dict[Hashable, tuple[Blocks, float]] = {}
+        self._saver: Saver | None = None
+        self._saves: list[Save] = []
         self._kept: set[str] = set()
         self._failed_blocks: set[int] = set()
         self._received: set[str] = set()
@@ -127,52 +136,62 @@ class WorkerSide:
 
     def register(self, kv_caches: Mapping[str, Any]) -> None:
         """The cache's tensors, once they exist. Raises ``InvalidConfig`` for what this store cannot keep."""
-        self._layout = CacheLayout(kv_caches, self._block_count)
-        descriptor = connector_namespace(
-            self._vllm_config, self._layout, block_tokens=self._block_tokens, rank=self._rank, revision=self._settings.revision
+        layout = self._layout = CacheLayout(kv_caches, self._block_count)
+        descriptor = self._descriptor = connector_namespace(
+            self._vllm_config, layout, block_tokens=self._block_tokens, rank=self._rank, revision=self._settings.revision
         )
-        self._space = self._attached.space(descriptor)
-        logger.info(
-            "blocks of %d bytes in %d runs; %s", self._layout.block_bytes, len(self._layout.runs), descriptor.canonical_json().decode()
-        )
+        space = self._attached.space(descriptor)
+        memory_bytes = self._settings.buffer_bytes
+        self._saver = Saver(space, block_bytes=layout.block_bytes, memory_bytes=memory_bytes, device=layout.device)
+        logger.info("blocks of %d bytes in %d runs; %s", layout.block_bytes, len(layout.runs), descriptor.canonical_json().decode())
 
     @property
     def facts(self) -> WorkerFacts | None:
         """``None`` without a store: the scheduler side then finds nothing."""
-        if self._space is None or self._attached.store is None:
+        if self._descriptor is None or self._attached.store is None:
             return None
-        return WorkerFacts(self._folder, self._space.descriptor.canonical_json(), os.getpid())
+        return WorkerFacts(self._folder, self._descriptor.canonical_json(), os.getpid())
 
     @property
     def descriptor(self) -> Namespace | None:
-        return None if self._space is None else self._space.descriptor
+        return self._descriptor
+
+    @property
+    def space(self) -> QuietSpace | None:
+        """Where blocks are read from; ``None`` before there are tensors, and while a reset is under way."""
+        return None if self._saver is None else self._saver.space
 
     def stats(self) -> Mapping[str, Any]:
-        return self._attached.stats()
+        """The store's counters, and under ``connector`` the blocks that were not stored for want of time (see ``Saver.counts``)."""
+        return {**self._attached.stats(), "connector": {} if self._saver is None else self._saver.counts()}
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
     def handle_preemptions(self, plan: StepPlan) -> None:
         """Before the step: the blocks of preempted requests may be overwritten in it."""
-        if plan.epoch and self._space is not None:
-            self._space.drop()
-            self._space = self._attached.space(namespace_after_reset(self._space.descriptor, plan.epoch))
-        if not any(blocks.request_id in plan.preempted for blocks, _ in self._storing.values()):
+        saver = self._saver
+        if saver is None:
             return
-        self._stores.drain(PREEMPTION_TIMEOUT_S)
-        self._collect_stores()
-        self._give_up({job for job, (blocks, _) in self._storing.items() if blocks.request_id in plan.preempted})
+        if plan.epoch and self._descriptor is not None:
+            saver.withdraw(self._saves)
+            descriptor = self._descriptor = namespace_after_reset(self._descriptor, plan.epoch)
+            saver.renew(lambda: self._attached.space(descriptor))
+        leaving = [save for save in self._saves if save.request_id in plan.preempted]
+        if leaving:
+            timeout_s = 0.0 if saver.stalled(PREEMPTION_TIMEOUT_S) else PREEMPTION_TIMEOUT_S
+            saver.wait(lambda: all(save.over for save in leaving), timeout_s)
+            saver.give_up(leaving)
 
     def start_loads(self, plan: StepPlan) -> None:
         for blocks in plan.loads:
-            outs = self._views(blocks.block_ids)
-            if self._space is None or outs is None:
+            outs, space = self._views(blocks.block_ids), self.space
+            if space is None or outs is None:
                 self._failed_blocks.update(blocks.block_ids)
                 self._received.add(blocks.request_id)
                 continue
-            job = self._job(blocks)
+            job = (blocks.request_id, next(self._numbers))
             self._loading[job] = blocks
-            self._loads.load(job, self._space, blocks.keys, outs, stream=self._stream())
+            self._loads.load(job, space, blocks.keys, outs, stream=self._stream())
 
     def _stream(self) -> Any:
         """The stream that vLLM computes on: steps that still use the blocks' former contents may be queued there. ``None`` on a CPU."""
@@ -183,49 +202,47 @@ class WorkerSide:
         return torch.cuda.current_stream()
 
     def start_stores(self, plan: StepPlan) -> None:
-        """After the step has computed its blocks."""
-        space = self._space
-        if space is None:
+        """After the step has computed its blocks, as far as this thread knows: on a GPU it may still be at it."""
+        saver = self._saver
+        if saver is None or not plan.stores:
             return
+        stream = self._stream()
+        computed = None if stream is None else stream.record_event()
         for blocks in plan.stores:
-            new = self._without_present(space, blocks)
-            views = self._views(new.block_ids)
-            if not views:
+            sources = self._views(blocks.block_ids)
+            if not sources:
                 continue
-            job = self._job(new)
-            self._storing[job] = (new, time.monotonic())
-            self._stores.store(job, space, new.keys, views, chained=True, parent=new.parent)
-
-    def _without_present(self, space: QuietSpace, blocks: Blocks) -> Blocks:
-        """What is left behind the blocks at the front that are stored; for those this is a use, of vLLM's own copy."""
-        present = space.contains(blocks.keys)
-        count = present.index(False) if False in present else len(present)
-        if not count:
-            return blocks
-        space.touch(blocks.keys[:count])
-        return Blocks(blocks.request_id, blocks.keys[count:], blocks.block_ids[count:], blocks.keys[count - 1])
+            save = Save(blocks.request_id, blocks.keys, sources, blocks.parent, computed)
+            if saver.submit(save, self._settings.store_timeout_s):
+                self._saves.append(save)
 
     def finished(self, plan: StepPlan) -> tuple[set[str], set[str]]:
         """Requests whose stores are over (of those that vLLM keeps for that), and requests whose loads are."""
         self._kept |= plan.kept
         if plan.idle:
-            transfers = self._loads if self._loads.pending else self._stores
-            if transfers.pending:
-                transfers.drain(IDLE_WAIT_S)
+            self._wait_a_little()
         received = self._collect_loads()
-        self._collect_stores()
-        now_s = time.monotonic()
-        self._give_up(
-            {
-                job
-                for job, (blocks, started_s) in self._storing.items()
-                if blocks.request_id in self._kept and now_s - started_s > self._settings.store_timeout_s
-            }
-        )
-        busy = {blocks.request_id for blocks, _ in self._storing.values()}
+        self._give_up_late()
+        self._saves = [save for save in self._saves if not save.over]
+        busy = {save.request_id for save in self._saves}
         sent = self._kept - busy
         self._kept &= busy
         return sent, received
+
+    def _wait_a_little(self) -> None:
+        """For a load or a store to end, where there is one."""
+        if self._loads.pending:
+            self._loads.drain(IDLE_WAIT_S)
+        elif self._saver is not None and self._saves:
+            self._saver.wait(lambda: all(save.over for save in self._saves), IDLE_WAIT_S)
+
+    def _give_up_late(self) -> None:
+        """Stores that keep the blocks of finished requests for too long, and all of them where nothing gets on any more."""
+        if self._saver is None:
+            return
+        timeout_s, now_s = self._settings.store_timeout_s, time.monotonic()
+        late = [save for save in self._saves if save.request_id in self._kept and now_s - save.started_s > timeout_s]
+        self._saver.give_up(self._saves if self._saver.stalled(timeout_s) else late)
 
     def take_failed_blocks(self) -> set[int]:
         failed, self._failed_blocks = self._failed_blocks, set()
@@ -234,15 +251,10 @@ class WorkerSide:
     def shutdown(self) -> bool:
         """Wait for what is under way, as long as that may take, and close the store."""
         self._loads.drain(DRAIN_TIMEOUT_S)
-        self._stores.drain(DRAIN_TIMEOUT_S)
-        self._collect_stores()
-        self._give_up(set(self._storing))
-        return self._attached.close()
+        saved = self._saver is None or self._saver.close(DRAIN_TIMEOUT_S)
+        return self._attached.close(CLOSE_TIMEOUT_S) and saved
 
     # --- jobs ---------------------------------------------------------------------------------------------------------
-
-    def _job(self, blocks: Blocks) -> Hashable:
-        return (blocks.request_id, next(self._numbers))
 
     def _views(self, block_ids: Sequence[int]) -> list[list[Any]] | None:
         layout = self._layout
@@ -264,15 +276,3 @@ class WorkerSide:
             self._received.add(blocks.request_id)
         received, self._received = self._received, set()
         return received
-
-    def _collect_stores(self) -> None:
-        for outcome in self._stores.finished():
-            self._storing.pop(outcome.job_id, None)  # given up before it ended
-
-    def _give_up(self, jobs: set[Hashable]) -> None:
-        """The memory of these stores goes back to vLLM now, so what they wrote must not be found."""
-        for job in jobs:
-            blocks, _ = self._storing.pop(job)
-            logger.warning("a store of %d blocks did not end in time and is given up", len(blocks.keys))
-            if self._space is not None:
-                self._space.delete(blocks.keys)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import pickle
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,12 @@ from kvlode import DiskStore, InvalidConfig
 from kvlode.adapters import attached, vllm_connector
 from kvlode.adapters.vllm_connector import KvlodeConnector
 from kvlode.adapters.vllm_connector_layout import CacheLayout
+from kvlode.adapters.vllm_connector_saves import Save, Saver
 from kvlode.adapters.vllm_connector_worker import Settings, StepPlan, folder_of_rank
+from kvlode.engine.blocks import view_block
+from kvlode.engine.contract import PutState, PutStatus, Refusal
+from kvlode.engine.index import Index
+from kvlode.engine.index_memory import MemoryIndex
 from kvlode.engine.testing import open_on_device
 from kvlode.gds.device import Device
 from kvlode.gds.late import LateDevice
@@ -217,13 +223,13 @@ class TestConnector(AdapterConformance):
     def content(self, block: int) -> np.ndarray:
         return content(block)
 
-    def on_device(self, monkeypatch: pytest.MonkeyPatch, device: Device) -> dict[str, Any]:
+    def on_device(self, monkeypatch: pytest.MonkeyPatch, device: Device, index: Index | None = None) -> dict[str, Any]:
         """As the base, with one store for both sides: a registry of folders makes it so outside the tests."""
         opened: list[DiskStore] = []
 
         def open_there(path: str, config: Any) -> DiskStore:
             if not opened or opened[-1]._opened.closing:
-                opened.append(open_on_device(device))
+                opened.append(open_on_device(device, index=index))
                 return opened[-1]
             return DiskStore(opened[-1]._opened)
 
@@ -290,7 +296,7 @@ def test_blocks_that_a_load_failed_for_are_stored_when_they_are_computed(engine:
     request = Request(PREFIX)
     assert engine.matched(request) == 5 * BLOCK_TOKENS
     block_ids = list(range(30, 30 + len(PREFIX)))
-    engine.worker._worker._space.delete([request.block_hashes[3]])
+    engine.worker._worker.space.delete([request.block_hashes[3]])
     engine.scheduler.update_state_after_alloc(request, GivenBlocks(block_ids), 5 * BLOCK_TOKENS)
     engine.until(lambda: request.request_id in engine.received)
     assert engine.failed == {33}
@@ -314,11 +320,11 @@ def test_nothing_that_is_not_computed_is_stored_after_a_load_failed_and_the_loca
     assert [blocks.block_ids for blocks in plan.stores] == [(0, 1)]
 
 
-def test_a_finished_request_keeps_its_blocks_until_they_are_stored() -> None:
-    """Nothing is reported while the drive may still read them; the report comes once."""
+def test_a_finished_request_keeps_its_blocks_until_they_are_copied() -> None:
+    """There is memory for two copies, and they stay there while the drive writes nothing. The report comes once."""
     late = LateDevice(MemoryDevice(), holding=())
     with pytest.MonkeyPatch.context() as monkeypatch:
-        engine = StandIn(vllm_config(TestConnector().on_device(monkeypatch, late)), make_caches())
+        engine = StandIn(vllm_config(TestConnector().on_device(monkeypatch, late) | {"buffer": 2 * BLOCK_BYTES}), make_caches())
         request = Request(PREFIX)
         engine.matched(request)
         engine.scheduler.update_state_after_alloc(request, GivenBlocks(list(range(8))), 0)
@@ -332,15 +338,18 @@ def test_a_finished_request_keeps_its_blocks_until_they_are_stored() -> None:
         late.hold()
         late.release()
         engine.until(lambda: request.request_id in engine.sent)
+        assert_right(engine, PREFIX, count=len(PREFIX))
         engine.stop()
 
 
 @pytest.mark.parametrize("preempted", [False, True])
-def test_a_store_that_does_not_end_is_given_up_and_its_blocks_are_never_found(preempted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_does_not_end_is_given_up_and_what_was_not_copied_is_never_found(
+    preempted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     late = LateDevice(MemoryDevice(), holding=())
     options = TestConnector().on_device(monkeypatch, late)
     monkeypatch.setattr("kvlode.adapters.vllm_connector_worker.PREEMPTION_TIMEOUT_S", 0.1)
-    engine = StandIn(vllm_config(options | {"store_timeout_s": 0.1}), make_caches())
+    engine = StandIn(vllm_config(options | {"store_timeout_s": 0.1, "buffer": 2 * BLOCK_BYTES}), make_caches())
     request = Request(PREFIX)
     engine.matched(request)
     engine.scheduler.update_state_after_alloc(request, GivenBlocks(list(range(8))), 0)
@@ -352,15 +361,263 @@ def test_a_store_that_does_not_end_is_given_up_and_its_blocks_are_never_found(pr
         assert engine.scheduler.request_finished(request, []) == (False, None), "its blocks are gone already"
     else:
         engine.finish(request)
-    for block_id in range(8):
-        engine.write(block_id, np.full(BLOCK_BYTES, 0x77, np.uint8))
-    assert engine.lookup(PREFIX) == 0
+    overwrite(engine, range(8))
+    assert given_up(engine) == len(PREFIX) - 2
+    assert_right(engine, PREFIX, count=2)
     late.hold()
     late.release()
     engine.flush()
-    assert engine.lookup(PREFIX) == 0
-    assert all(found is None for found in engine.load(PREFIX))
+    assert_right(engine, PREFIX, count=2)
     engine.stop()
+
+
+# --- an index that hangs ----------------------------------------------------------------------------------------------------------
+
+
+class HangingIndex(MemoryIndex):
+    """From ``hang`` on the ``calls``-th question and those after it are not answered before ``answer``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls_left: int | None = None
+        self._answering = threading.Event()
+        self.asked = threading.Event()
+
+    def hang(self, calls: int = 1) -> None:
+        self._calls_left = calls
+
+    def answer(self) -> None:
+        self._answering.set()
+
+    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        if self._calls_left is not None and threading.current_thread().name == "kvlode-vllm-saves":
+            self._calls_left -= 1
+        if self._calls_left is not None and self._calls_left <= 0:
+            self.asked.set()
+            assert self._answering.wait(WAIT_S)
+        return super().get_many(keys)
+
+
+class Hanging:
+    """An engine on an index that can hang. No call of the model's thread may take longer than ``CALL_S``."""
+
+    CALL_S = 1.0
+    TIMEOUT_S = 0.2
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+        self.index = HangingIndex()
+        worker = "kvlode.adapters.vllm_connector_worker."
+        monkeypatch.setattr(worker + "PREEMPTION_TIMEOUT_S", self.TIMEOUT_S)
+        monkeypatch.setattr(worker + "DRAIN_TIMEOUT_S", self.TIMEOUT_S)
+        monkeypatch.setattr(worker + "CLOSE_TIMEOUT_S", self.TIMEOUT_S)
+        monkeypatch.setattr("kvlode.adapters.vllm_connector_saves.STOP_S", self.TIMEOUT_S)
+        place = TestConnector().on_device(monkeypatch, MemoryDevice(), index=self.index)
+        self.engine = StandIn(vllm_config(place | {"store_timeout_s": self.TIMEOUT_S} | options), make_caches())
+        for name in ("handle_preemptions", "start_load_kv", "wait_for_save", "get_finished", "get_block_ids_with_load_errors"):
+            monkeypatch.setattr(self.engine.worker, name, self._in_time(getattr(self.engine.worker, name)))
+
+    def _in_time(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any) -> Any:
+            started_s = time.monotonic()
+            answer = call(*args)
+            assert time.monotonic() - started_s < self.CALL_S
+            return answer
+
+        return timed
+
+    def begin(self, prefix: Sequence[int] = PREFIX) -> Request:
+        """A request that has computed its blocks, in a step that gave their stores out."""
+        request = Request(prefix)
+        self.engine.scheduler._scheduler._track(request)
+        self.engine.step(request, list(range(len(prefix))), prefix)
+        return request
+
+    def stalled(self) -> bool:
+        return self.engine.worker._worker._saver.stalled(self.TIMEOUT_S)
+
+
+@pytest.fixture
+def hanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hanging]:
+    hanging = Hanging(monkeypatch)
+    yield hanging
+    hanging.index.answer()
+    hanging.engine.stop()
+
+
+def overwrite(engine: StandIn, block_ids: Sequence[int]) -> None:
+    """vLLM gives the memory to somebody else."""
+    for block_id in block_ids:
+        engine.write(block_id, np.full(BLOCK_BYTES, 0x77, np.uint8))
+
+
+def given_up(engine: StandIn) -> int:
+    return int(engine.worker.store_stats()["connector"]["given_up_blocks"])
+
+
+def assert_right(engine: StandIn, prefix: Sequence[int], *, count: int) -> None:
+    """So many blocks from the front are there, and no wrong byte."""
+    found = engine.load(prefix)
+    assert [data is not None for data in found] == [True] * count + [False] * (len(prefix) - count)
+    assert all(data is None or np.array_equal(data, content(block)) for block, data in zip(prefix, found, strict=True))
+
+
+@pytest.mark.parametrize("preempted", [False, True])
+def test_stores_that_the_index_holds_up_are_given_up_and_never_found(hanging: Hanging, preempted: bool) -> None:
+    engine = hanging.engine
+    hanging.index.hang()
+    request = hanging.begin()
+    assert hanging.index.asked.wait(WAIT_S)
+    if preempted:
+        engine.step(preempted=[request.request_id])
+    else:
+        engine.finish(request)
+    overwrite(engine, range(8))
+    assert given_up(engine) == len(PREFIX)
+    hanging.index.answer()
+    assert eventually(lambda: engine.worker._worker._saver.idle)
+    engine.flush()
+    assert_right(engine, PREFIX, count=0)
+
+
+def test_blocks_that_were_copied_before_the_index_hung_are_right_whatever_comes_into_their_memory(hanging: Hanging) -> None:
+    engine = hanging.engine
+    hanging.index.hang(calls=2)  # asked which blocks are there it answers, and then hangs in the put
+    request = hanging.begin()
+    assert hanging.index.asked.wait(WAIT_S)
+    engine.finish(request)
+    overwrite(engine, range(8))
+    assert given_up(engine) == 0
+    hanging.index.answer()
+    assert eventually(lambda: engine.worker._worker._saver.idle)
+    assert_right(engine, PREFIX, count=len(PREFIX))
+
+
+def test_where_nothing_gets_on_no_step_waits_for_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    hanging = Hanging(monkeypatch, store_timeout_s=WAIT_S)
+    engine, saver = hanging.engine, hanging.engine.worker._worker._saver
+    hanging.index.hang()
+    request = hanging.begin()
+    assert eventually(hanging.stalled)
+    timeouts_s: list[float] = []
+    monkeypatch.setattr(saver, "wait", lambda condition, timeout_s: timeouts_s.append(timeout_s))
+    worker = engine.worker._worker
+    worker.handle_preemptions(StepPlan(preempted=frozenset([request.request_id])))
+    assert timeouts_s == [0.0]
+    assert given_up(engine) == len(PREFIX)
+    monkeypatch.undo()
+    hanging.index.answer()
+    engine.stop()
+
+
+def test_where_nothing_gets_on_no_more_stores_are_taken_until_it_does(hanging: Hanging) -> None:
+    engine = hanging.engine
+    hanging.index.hang()
+    hanging.begin()
+    assert eventually(hanging.stalled)
+    engine.step()
+    assert given_up(engine) == len(PREFIX), "of a request that is still running"
+    hanging.begin(range(100, 104))
+    assert engine.worker.store_stats()["connector"]["refused_blocks"] == 4
+    hanging.index.answer()
+    assert eventually(lambda: engine.worker._worker._saver.idle)
+    engine.store(PREFIX)
+    assert_right(engine, PREFIX, count=len(PREFIX))
+
+
+def test_a_queue_that_is_full_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvlode.adapters.vllm_connector_saves.QUEUED_MAX", 1)
+    hanging = Hanging(monkeypatch, store_timeout_s=WAIT_S)
+    hanging.index.hang()
+    hanging.begin()
+    assert hanging.index.asked.wait(WAIT_S)
+    queued, refused = hanging.begin(range(100, 104)), hanging.begin(range(200, 203))
+    assert hanging.engine.worker.store_stats()["connector"]["refused_blocks"] == 3
+    hanging.engine.finish(refused)
+    hanging.index.answer()
+    hanging.engine.finish(queued)
+    hanging.engine.stop()
+
+
+def test_a_reset_while_the_index_hangs_forgets_what_was_stored_and_what_was_on_its_way(hanging: Hanging) -> None:
+    engine = hanging.engine
+    engine.store(PREFIX[:4])
+    hanging.index.hang(calls=2)
+    hanging.begin()
+    assert hanging.index.asked.wait(WAIT_S)
+    old = engine.worker._worker.space
+    assert engine.scheduler.reset_cache() is True
+    engine.step()
+    assert all(found is None for found in engine.load(PREFIX)), "the new namespace is not there yet"
+    hanging.index.answer()
+    assert eventually(lambda: engine.worker._worker.space is not None)
+    assert old is not None and not any(old.contains([block.to_bytes(32, "little") for block in PREFIX]))
+    engine.store(PREFIX)
+    assert_right(engine, PREFIX, count=len(PREFIX))
+
+
+def test_a_shutdown_while_the_index_hangs_ends_in_time_and_nothing_is_stored_after_it(hanging: Hanging) -> None:
+    engine = hanging.engine
+    hanging.index.hang()
+    hanging.begin()
+    hanging.begin(range(100, 104))
+    assert hanging.index.asked.wait(WAIT_S)
+    saver, space = engine.worker._worker._saver, engine.scheduler._scheduler._spaces[0]
+    started_s = time.monotonic()
+    engine.worker.shutdown()
+    assert time.monotonic() - started_s < 10 * hanging.TIMEOUT_S
+    assert sum(saver.counts().values()) == len(PREFIX) + 4, "the second is refused where the machine is slow"
+    overwrite(engine, range(8))
+    hanging.index.answer()
+    assert eventually(lambda: not saver._thread.is_alive())
+    assert not any(space.contains([block.to_bytes(32, "little") for block in (*PREFIX, *range(100, 104))]))
+
+
+class RefusingSpace:
+    """Refuses every put, and keeps what it was lent as a store does that failed half way."""
+
+    def __init__(self, reason: Refusal) -> None:
+        self.statuses = [PutStatus(PutState.REFUSED, reason)]
+        self.lent: list[np.ndarray] = []
+
+    def contains(self, keys: Sequence[bytes]) -> list[bool]:
+        return [False] * len(keys)
+
+    def submit_put(self, keys: Sequence[bytes], blocks: Sequence[np.ndarray], *, queue: Any, **options: Any) -> Any:
+        self.lent += blocks
+        queue.push(self)
+        return self
+
+
+@pytest.mark.parametrize(("reason", "puts"), [(Refusal.STORE_FAILED, 3), (Refusal.READ_ONLY, 1)])
+def test_memory_that_a_failed_put_may_still_have_is_not_used_again_and_a_reader_puts_no_more(reason: Refusal, puts: int) -> None:
+    space: Any = RefusingSpace(reason)
+    saver = Saver(space, block_bytes=BLOCK_BYTES, memory_bytes=BLOCK_BYTES, device=torch.device("cpu"))
+    for block in range(3):
+        assert saver.submit(Save("request", [b"%d" % block], [[content(block)]]), WAIT_S)
+    assert saver.wait(lambda: saver.idle, WAIT_S)
+    assert len(space.lent) == puts
+    assert all(np.array_equal(data, content(block)) for block, data in enumerate(space.lent))
+    assert saver.close(WAIT_S)
+
+
+def test_what_is_withdrawn_while_it_is_copied_is_not_put(monkeypatch: pytest.MonkeyPatch) -> None:
+    space: Any = RefusingSpace(Refusal.BUFFER_FULL)
+    saver = Saver(space, block_bytes=BLOCK_BYTES, memory_bytes=BLOCK_BYTES, device=torch.device("cpu"))
+    save = Save("request", [b"key"], [[content(0)]])
+    lost: list[int] = []
+
+    def view(*arguments: Any, **options: Any) -> Any:
+        lost.append(saver.withdraw([save]))
+        return view_block(*arguments, **options)
+
+    monkeypatch.setattr("kvlode.adapters.vllm_connector_saves.view_block", view)
+    assert saver.submit(save, WAIT_S)
+    assert saver.wait(lambda: saver.idle, WAIT_S)
+    assert (lost, space.lent) == ([1], [])
+    assert saver.close(WAIT_S)
+
+
+# --- more of a request's life -----------------------------------------------------------------------------------------------------
 
 
 def test_a_preempted_request_waits_for_its_stores_before_its_blocks_go(engine: StandIn) -> None:
@@ -456,7 +713,7 @@ def test_every_worker_must_have_a_block(tmp_path: Path, options: dict[str, Any],
     assert [Path(fact.folder).name for fact in facts] == ["tp0of2-pp0of1-dp0", "tp1of2-pp0of1-dp0"]
     request = Request(PREFIX)
     for worker, count in zip(workers, (5, 3), strict=True):
-        space = worker._worker._space
+        space = worker._worker.space
         assert space.submit_put(request.block_hashes[:count], [content(block) for block in PREFIX[:count]]).wait(WAIT_S)
     scheduler = KvlodeConnector(config, SimpleNamespace(name="SCHEDULER"), cache_config())
     scheduler.set_xfer_handshake_metadata_pp_aware({(0, rank): fact for rank, fact in enumerate(facts)})
