@@ -24,7 +24,7 @@ SECONDS_EACH ?= 60
 # What is passed on: make demo ARGS=--json, make test ARGS="-k recovery"
 ARGS ?=
 
-.PHONY: help setup demo test test-slow engines engines-vllm engines-sglang engines-lmcache demo-vllm test-exhaustive check soak fuzz bench gpu-check clean
+.PHONY: help setup demo test test-slow engines engines-vllm engines-sglang engines-lmcache demo-vllm bench-engines test-exhaustive check soak fuzz bench gpu-check clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -53,6 +53,9 @@ engines-lmcache: $(ENGINES)/lmcache/.installed
 
 demo-vllm: $(ENGINES)/vllm/.installed ## real vLLM on the CPU: a prompt's KV cache outlives the process, a damaged store costs only time
 	$(ENGINES)/vllm/bin/python -m kvlode.tools.demo_vllm $(ARGS)
+
+bench-engines: $(ENGINES)/vllm/.installed ## real vLLM on the CPU with the store and without: tokens/s, time to first token, gaps (ARGS=--quick)
+	$(ENGINES)/vllm/bin/python -m kvlode.tools.serving $(ARGS)
 
 test-exhaustive: $(VENV)/.installed-dev ## every case of what other tests sample: hours
 	$(BIN)/python -m pytest -n $(JOBS) -m exhaustive $(ARGS)
