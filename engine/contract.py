@@ -206,7 +206,8 @@ class BlockSpace(Protocol):
     ) -> PutJob:
         """Put several blocks; ``chained`` makes each key the parent of the next, ``parent`` is that of the first.
 
-        ``own="borrow"`` copies nothing: the blocks' memory belongs to the job until it is done.
+        ``own="borrow"`` copies nothing: the blocks' memory belongs to the job until it is done. An error means that nothing was
+        taken; a store that fails or closes half way answers with a job that refuses the rest.
         """
         ...
 

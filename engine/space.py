@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import xxhash
 
 from ..format.checksum import xxh3_64
-from ..format.errors import InvalidBlock, InvalidConfig, StoreFailed
+from ..format.errors import InvalidBlock, InvalidConfig, KvlodeError, StoreFailed
 from ..format.keys import check_key, check_meta, key_digest, tag_digest
 from ..format.layout import ZERO_DIGEST
 from ..format.namespace import Namespace
@@ -89,7 +89,12 @@ class Space:
         for position, (entry, view, known) in enumerate(zip(entries, views, present, strict=True)):
             entry.on_settled = job.settler(position)
             known = known or entry.key in stored
-            status = EXISTS if known else self._put_one(entry, view, copy=not borrow or view.is_device)
+            try:
+                status = EXISTS if known else self._put_one(entry, view, copy=not borrow or view.is_device)
+            except KvlodeError:
+                if not position:
+                    raise
+                status = refused(Refusal.STORE_FAILED)  # earlier blocks are taken, and lent perhaps: the host must get their job
             if status:
                 stored.add(entry.key)
             job.decide(position, status)

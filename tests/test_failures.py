@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvlode import BlockSpace, DeviceError, KvlodeError, PutState, Refusal, Status, StoreFailed
+from kvlode import BlockSpace, DeviceError, KvlodeError, PutState, Refusal, Status, StoreClosed, StoreFailed
 from kvlode.engine.catalog import BATCH_ENTRIES_MAX, Catalog, Checkpoint
 from kvlode.engine.index import IndexWriteError
 from kvlode.engine.index_memory import MemoryIndex
@@ -532,3 +532,26 @@ def test_an_error_at_opening_names_the_call_and_the_place_and_leaves_the_store_w
     assert_holds(rig, b"k", 1)
     put(rig, b"another", 2)
     assert rig.store.flush(WAIT_S)
+
+
+def test_a_put_that_fails_half_way_gives_the_job_of_what_was_lent(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host needs it to know when its memory is its own again."""
+    buffer = rig.store._core.buffer
+    reserve, calls = buffer.reserve, []
+
+    def closing(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        if len(calls) > 1:
+            raise StoreClosed("the store is closed")
+        return reserve(*args, **options)
+
+    monkeypatch.setattr(buffer, "reserve", closing)
+    blocks = [block_bytes(key, 1, 5000) for key in (b"a", b"b", b"c")]
+    job = space_of(rig).submit_put([b"a", b"b", b"c"], blocks, own="borrow")
+    monkeypatch.undo()
+    assert rig.store.flush() and job.wait(30.0)
+    assert [status.reason for status in job.statuses] == [None, Refusal.STORE_FAILED, Refusal.STORE_FAILED]
+    assert read(space_of(rig), b"a", 5000)[0] is Status.HIT and space_of(rig).contains([b"b", b"c"]) == [False, False]
+    monkeypatch.setattr(buffer, "reserve", closing)
+    with pytest.raises(StoreClosed):
+        space_of(rig).submit_put([b"d"], blocks[:1], own="borrow")
