@@ -6,7 +6,7 @@ work per stripe is kept small.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,12 @@ import xxhash
 from ..format.checksum import xxh3_64
 from ..format.codec import decode_stripe
 from ..format.errors import CorruptRecord, FormatError
-from ..format.layout import PAGE_BYTES, Codec
+from ..format.layout import PAGE_BYTES, Codec, RecordType
 from ..format.record import RecordHeader
 from ..format.stripe import StripeEntry, stripe_offsets
 from ..gds.buffers import aligned_array
 from .arena import Bytes
-from .blocks import BlockView, copy_spans
+from .blocks import BlockView, HostSpan, copy_spans
 from .index_entry import IndexEntry
 from .jobs import ReadJob
 
@@ -49,6 +49,15 @@ class ReadRequest:
     @property
     def record_bytes(self) -> int:
         return self.entry.record_pages * PAGE_BYTES
+
+    def check(self, header: RecordHeader) -> None:
+        """Raise ``CorruptRecord`` unless this is the record that the index promised."""
+        where = f"segment {self.entry.segment_id:016x} offset {self.entry.offset}"
+        if header.record_type is not RecordType.BLOCK or header.namespace != self.namespace or header.key != self.key:
+            raise CorruptRecord("record-identity", where=where, expected=f"block {self.key.hex()}", actual=header.key.hex())
+        if header.payload_checksum != self.entry.payload_checksum or header.record_bytes != self.record_bytes:
+            expected, actual = f"{self.entry.payload_checksum:016x}", f"{header.payload_checksum:016x}"
+            raise CorruptRecord("index-digest", where=where, expected=expected, actual=actual)
 
 
 class Delivery:
@@ -162,16 +171,7 @@ class Delivery:
         stripe, offset = self._stripes[index], self._offsets[index]
         assert self._request.payload is not None
         stored = self._request.payload[offset : offset + stripe[0]]
-        targets = self._host.slice(start, stop)
-        if len(targets) == 1:
-            decode_stripe(stored, stripe, targets[0], self._header.element_size)
-            return
-        whole = np.empty(stop - start, dtype=np.uint8)
-        decode_stripe(stored, stripe, whole, self._header.element_size)
-        position = 0
-        for target in targets:
-            target[:] = whole[position : position + target.size]
-            position += target.size
+        decode_part(stored, stripe, stop - start, self._header.element_size, self._host.slice(start, stop))
 
     def _conclude(self) -> None:
         try:
@@ -194,6 +194,19 @@ class Delivery:
                 return
             actual = xxh3_64(*self._host.slice(0, self._header.raw_length))
         self._compare("raw-checksum", actual, self._header.raw_checksum)
+
+
+def decode_part(stored: Bytes, stripe: StripeEntry, raw_bytes: int, element_size: int, targets: Sequence[HostSpan], first: int = 0) -> None:
+    """Check and decode a stripe of ``raw_bytes``; what ``targets`` take of it from ``first`` on goes there, straight where one takes all.
+
+    Raises ``CorruptRecord``.
+    """
+    if len(targets) == 1 and targets[0].size == raw_bytes:
+        decode_stripe(stored, stripe, targets[0], element_size)
+        return
+    whole = np.empty(raw_bytes, dtype=np.uint8)
+    decode_stripe(stored, stripe, whole, element_size)
+    copy_spans([whole[first : first + sum(target.size for target in targets)]], targets)
 
 
 def whole_pages(size_bytes: int) -> int:

@@ -9,19 +9,17 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from ..format.codec import decode_stripe
 from ..format.errors import CorruptRecord, DeviceError, FormatError, StoreClosed
-from ..format.layout import PAGE_BYTES, RecordType
+from ..format.layout import PAGE_BYTES
 from ..format.record import RecordHeader
 from ..format.stripe import stripe_offsets
 from ..gds.buffers import ByteArray, aligned_array
 from ..gds.device import DeviceFile
-from .blocks import BlockView, copy_spans
+from .blocks import BlockView
 from .contract import Status
-from .delivery import ReadRequest
+from .delivery import ReadRequest, decode_part
 from .jobs import ReadJob
+from .reader import check_length, forget_frames
 from .reinsertion import load_header
 
 if TYPE_CHECKING:
@@ -44,11 +42,13 @@ def _settle_part(core: Core, job: ReadJob, request: ReadRequest, start: int, str
         status = _read_part(core, job, request, start, stream)
     except FormatError as error:
         core.counters.add("corrupt_reads")
+        forget_frames(error)
         core.on_useless(request, error)
         status = Status.CORRUPT
     except Exception as error:  # never leave a job without an answer
         core.counters.add("read_errors")
         logger.warning("%s", error, exc_info=None if isinstance(error, DeviceError) else error)
+        forget_frames(error)
         status = Status.IO_ERROR
     job.settle(request.position, status)
 
@@ -61,7 +61,10 @@ def _read_part(core: Core, job: ReadJob, request: ReadRequest, start: int, strea
             core.on_useless(request, None)
             return Status.MISS
         header = load_header(file, core.superblock.store_uuid, request.entry.segment_id, request.entry.offset)
-        _check_identity(header, request)
+        request.check(header)
+        if header.raw_length < start + request.out.nbytes:
+            core.counters.add("wrong_size_reads")
+            return Status.WRONG_SIZE
         first, last = start // header.stripe_bytes, (start + request.out.nbytes - 1) // header.stripe_bytes
         stored = _read_stripes(file, header, first, last)
     host = BlockView.of_host(aligned_array(request.out.nbytes)) if request.out.is_device else request.out
@@ -76,13 +79,6 @@ def _read_part(core: Core, job: ReadJob, request: ReadRequest, start: int, strea
     return Status.HIT
 
 
-def _check_identity(header: RecordHeader, request: ReadRequest) -> None:
-    same = header.record_type is RecordType.BLOCK and (header.namespace, header.key) == (request.namespace, request.key)
-    if not same or header.payload_checksum != request.entry.payload_checksum or header.raw_length != request.entry.raw_length:
-        where = f"segment {request.entry.segment_id:016x} offset {request.entry.offset}"
-        raise CorruptRecord("record-identity", where=where, expected=f"block {request.key.hex()}", actual=header.key.hex())
-
-
 def _read_stripes(file: DeviceFile, header: RecordHeader, first: int, last: int) -> list[ByteArray]:
     """The stored bytes of neighbouring stripes, read with one request of whole pages."""
     lengths = header.stripes["stored_length"]
@@ -91,23 +87,16 @@ def _read_stripes(file: DeviceFile, header: RecordHeader, first: int, last: int)
     page_start = begins[0] // PAGE_BYTES * PAGE_BYTES
     pages = aligned_array(-(-(ends[-1] - page_start) // PAGE_BYTES) * PAGE_BYTES)
     count = file.read_now(page_start, [pages])
+    check_length(file, page_start, pages.size, count)
     if count < ends[-1] - page_start:
-        if page_start + count < file.status().size_bytes:  # a read that ends before the file does has failed
-            raise DeviceError("read", file.path, offset=page_start, length=pages.size, detail=f"it ended after {count} bytes")
         where = f"segment {header.segment_id:016x} offset {header.offset}"
         raise CorruptRecord("record-truncated", where=where, expected=f"{ends[-1] - page_start} bytes", actual=count)
     return [pages[begin - page_start : end - page_start] for begin, end in zip(begins, ends, strict=True)]
 
 
 def _decode(header: RecordHeader, index: int, stored: ByteArray, out: BlockView, start: int) -> None:
-    """Decode a stripe, straight to its place where all of it is wanted."""
     begin = index * header.stripe_bytes
     end = min(begin + header.stripe_bytes, header.raw_length)
-    wanted = max(begin, start), min(end, start + out.nbytes)
-    targets = out.slice(wanted[0] - start, wanted[1] - start)
-    if wanted == (begin, end) and len(targets) == 1:
-        decode_stripe(stored, header.stripes[index], targets[0], header.element_size)
-        return
-    whole = np.empty(end - begin, dtype=np.uint8)
-    decode_stripe(stored, header.stripes[index], whole, header.element_size)
-    copy_spans([whole[wanted[0] - begin : wanted[1] - begin]], targets)
+    first, stop = max(begin, start), min(end, start + out.nbytes)
+    targets = out.slice(first - start, stop - start)
+    decode_part(stored, header.stripes[index].item(), end - begin, header.element_size, targets, first - begin)

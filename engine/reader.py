@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..format.errors import CorruptRecord, DeviceError, FormatError, StoreClosed
-from ..format.layout import PAGE_BYTES, STRIPES_MAX, Codec, RecordType
+from ..format.layout import PAGE_BYTES, STRIPES_MAX, Codec
 from ..format.record import RecordHeader, check_place
 from ..gds.buffers import SlotPool, aligned_array
 from ..gds.device import Device, DeviceFile
@@ -123,7 +123,7 @@ class Reader:
         except Exception as error:
             self._counters.add("read_errors")
             logger.warning("%s", error, exc_info=None if isinstance(error, DeviceError) else error)
-            _forget_frames(error)
+            forget_frames(error)
             self._settle(reads.job, extent, Status.IO_ERROR)
         finally:
             self.rate.end(delivered_bytes)
@@ -171,7 +171,7 @@ class Reader:
                 return 0
             with self._turns:
                 read_bytes = file.read_now(extent.start, buffers)
-            self._check_length(extent, file, read_bytes)
+            check_length(file, extent.start, extent.stop - extent.start, read_bytes)
         except BaseException:
             self._release_slot(extent)
             raise
@@ -223,13 +223,6 @@ class Reader:
 
     # --- completing ---------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def _check_length(extent: _Extent, file: DeviceFile, read_bytes: int) -> None:
-        """A read that ends before the file does has failed; only a file that ends too early has lost something."""
-        length = extent.stop - extent.start
-        if read_bytes < length and extent.start + read_bytes < min(extent.stop, file.status().size_bytes):
-            raise DeviceError("read", file.path, offset=extent.start, length=length, detail=f"it ended after {read_bytes} bytes")
-
     def _check_and_deliver(self, job: ReadJob, extent: _Extent, request: ReadRequest, complete: bool, stream: Any) -> None:
         try:
             header = self._checked_header(request, complete)
@@ -260,11 +253,7 @@ class Reader:
         assert request.page is not None
         header = RecordHeader.parse(request.page, where=where)
         check_place(header, self._store_uuid, entry.segment_id, entry.offset)
-        if header.record_type is not RecordType.BLOCK or header.namespace != request.namespace or header.key != request.key:
-            raise CorruptRecord("record-identity", where=where, expected=f"block {request.key.hex()}", actual=header.key.hex())
-        if header.payload_checksum != entry.payload_checksum or header.record_bytes != request.record_bytes:
-            expected, actual = f"{entry.payload_checksum:016x}", f"{header.payload_checksum:016x}"
-            raise CorruptRecord("index-digest", where=where, expected=expected, actual=actual)
+        request.check(header)
         return header
 
     def _finish(self, job: ReadJob, extent: _Extent, request: ReadRequest, error: FormatError | None, verified: bool = True) -> None:
@@ -274,7 +263,7 @@ class Reader:
             job.settle(request.position, Status.HIT, verified=verified)
             return
         self._counters.add("corrupt_reads")
-        _forget_frames(error)
+        forget_frames(error)
         logger.error("%s", error)
         self._on_useless(request, error)
         job.settle(request.position, Status.CORRUPT)
@@ -297,7 +286,13 @@ class Reader:
             job.settle(request.position, status)
 
 
-def _forget_frames(error: BaseException | None) -> None:
+def check_length(file: DeviceFile, start: int, length: int, read_bytes: int) -> None:
+    """A read that ends before the file does has failed; only a file that ends too early has lost something. Raises ``DeviceError``."""
+    if read_bytes < length and start + read_bytes < min(start + length, file.status().size_bytes):
+        raise DeviceError("read", file.path, offset=start, length=length, detail=f"it ended after {read_bytes} bytes")
+
+
+def forget_frames(error: BaseException | None) -> None:
     """Whoever keeps an error (a log handler, say) must not keep destinations by its frames: they are the host's to unmap."""
     while error is not None:
         error.__traceback__ = None

@@ -186,21 +186,28 @@ def resynchronise(read: Read, *, start: int, end: int, store_uuid: bytes, segmen
     return None
 
 
+def find_trailer(read: Read, size_bytes: int, *, store_uuid: bytes, segment_id: int) -> Trailer | None:
+    """The trailer that a sealed segment file of ``size_bytes`` ends in; ``None`` when its last page is not its own trailer."""
+    if size_bytes % PAGE_BYTES or not size_bytes:
+        return None
+    try:
+        trailer = Trailer.parse(read(size_bytes - PAGE_BYTES, PAGE_BYTES), where=_where(segment_id, size_bytes - PAGE_BYTES))
+    except CorruptRecord:
+        return None
+    mine = (trailer.store_uuid, trailer.segment_id, trailer.file_bytes) == (store_uuid, segment_id, size_bytes)
+    return trailer if mine else None
+
+
 def find_seal(read: Read, size_bytes: int, *, store_uuid: bytes, segment_id: int) -> tuple[Trailer, SealTable] | None:
     """Trailer and table of contents of a sealed segment file of ``size_bytes``; ``None`` when the last page is not its trailer.
 
     Raises ``CorruptRecord`` when the trailer is intact but the table is not: the segment is sealed, and its records must
     be walked. Records that end behind ``Trailer.synced_bytes`` may be missing after a crash; check their payloads.
     """
-    if size_bytes % PAGE_BYTES or not size_bytes:
+    trailer = find_trailer(read, size_bytes, store_uuid=store_uuid, segment_id=segment_id)
+    if trailer is None:
         return None
     where = _where(segment_id, size_bytes - PAGE_BYTES)
-    try:
-        trailer = Trailer.parse(read(size_bytes - PAGE_BYTES, PAGE_BYTES), where=where)
-    except CorruptRecord:
-        return None
-    if (trailer.store_uuid, trailer.segment_id, trailer.file_bytes) != (store_uuid, segment_id, size_bytes):
-        return None
     toc = read(trailer.toc_offset, trailer.toc_bytes)
     actual = xxh3_64(toc)
     if actual != trailer.toc_checksum:

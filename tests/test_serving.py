@@ -15,10 +15,11 @@ from rich.console import Console
 
 from kvlode import KvlodeError
 from kvlode.tools.bench.figures import Bar
+from kvlode.tools.bench.page_cache import forget_pages
 from kvlode.tools.serving import processes, report
 from kvlode.tools.serving.clients import Texts, each_client, stream, tokens_in
 from kvlode.tools.serving.figures import comparison, percentile, plain_item
-from kvlode.tools.serving.processes import Usage, compute_cpus, forget_pages, usage_of, wait_idle
+from kvlode.tools.serving.processes import Usage, compute_cpus, usage_of, wait_idle
 from kvlode.tools.serving.rounds import QUICK, Sizes, asked_by, shorter
 from kvlode.tools.serving.server import ServerOptions, VllmServer, transfer_settings
 

@@ -14,9 +14,10 @@ from ..format.errors import DeviceError, FormatError, PathUnavailable, Unsupport
 from ..format.layout import PAGE_BYTES, SEGMENTS_FOLDER, SUPERBLOCK_NAME, parse_segment_name, segment_name
 from ..format.namespace import Namespace
 from ..format.record import RecordHeader
-from ..format.seal import SealTable, Trailer
+from ..format.seal import SealTable
 from ..format.segment import SegmentHeader
 from ..format.superblock import Superblock
+from ..format.walk import find_trailer
 from ..gds.buffers import aligned_array
 from ..gds.posix import PosixDevice
 from .segment_reader import SegmentReader, data_ranges
@@ -193,11 +194,10 @@ class StoreFiles:
         try:
             size_bytes = os.stat(self.segment_path(header.segment_id)).st_size
             with self.reading(header.segment_id) as read:
-                trailer = Trailer.parse(read(max(0, size_bytes - PAGE_BYTES), PAGE_BYTES))
+                trailer = find_trailer(read, size_bytes, store_uuid=self.store_uuid, segment_id=header.segment_id)
         except (OSError, FormatError):  # it is told where its turn comes
             return False
-        mine = (trailer.store_uuid, trailer.segment_id, trailer.file_bytes) == (self.store_uuid, header.segment_id, size_bytes)
-        return mine and size_bytes < header.segment_bytes
+        return trailer is not None and size_bytes < header.segment_bytes
 
     # --- records ----------------------------------------------------------------------------------------------------
 

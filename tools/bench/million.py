@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import numpy as np
 from ...engine.contract import BlockSpace, Status
 from ...format.errors import KvlodeError
 from .figures import Bar, Item, value_item
+from .page_cache import forget_pages
 from .setting import Setting
 from .workload import MIB, SMALL_BLOCK_BYTES, bench_key, bench_namespace, opened
 
@@ -94,7 +94,7 @@ class Million:
 
     def _reopen_s(self) -> float:
         """Seconds of opening, with the index's files dropped from the page cache before."""
-        _drop_from_page_cache(f"{self._path}/index")
+        forget_pages(Path(self._path, "index"))
         started = time.perf_counter()
         with opened(self._path, **self._options):
             return time.perf_counter() - started
@@ -103,7 +103,7 @@ class Million:
 
     def _match_items(self) -> list[Item]:
         """Other keys in each round, drawn from all over the store. The index starts cold, as after a restart of the machine."""
-        _drop_from_page_cache(f"{self._path}/index")
+        forget_pages(Path(self._path, "index"))
         count = min(MATCH_KEYS, self._keys)
         generator = np.random.default_rng(1)
         present_us: list[float] = []
@@ -135,7 +135,7 @@ class Million:
 
         Every request is asked for again until it is answered, as a scheduler does at each of its steps.
         """
-        _drop_from_page_cache(f"{self._path}/index")
+        forget_pages(Path(self._path, "index"))
         generator = np.random.default_rng(2)
         p50_ms: list[float] = []
         p99_ms: list[float] = []
@@ -194,16 +194,6 @@ def _answered(space: BlockSpace, requests: list[list[bytes]]) -> tuple[list[floa
             open_requests = left
             step.wait(0.0005)
     return calls_s, hits
-
-
-def _drop_from_page_cache(folder: str) -> None:
-    for path in Path(folder).iterdir():
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fdatasync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from ...format.errors import CorruptRecord, FormatError, UnsupportedFormat
 from ...format.layout import PAGE_BYTES, RecordType, round_up_pages
 from ...format.record import RecordHeader
 from ...format.seal import SealTable, Trailer
-from ...format.walk import SegmentScan, WalkEndKind, find_seal, parse_placed, scan_unsealed
+from ...format.walk import SegmentScan, WalkEndKind, find_seal, find_trailer, parse_placed, scan_unsealed
 from ..segment_view import table_of
 from .check_superblock import FirstPage
 from .findings import Finding
@@ -131,7 +131,7 @@ def _look_sealed(reader: SegmentReader, around: Surroundings, looked: Looked) ->
     """Whether the file ends in its own trailer; ``looked`` is filled then."""
     ref = reader.ref
     reader.read_ahead(max(0, ref.size_bytes - SEAL_READ_BYTES), SEAL_READ_BYTES)
-    trailer = own_trailer(reader, around.store_uuid)
+    trailer = find_trailer(reader.read, ref.size_bytes, store_uuid=around.store_uuid, segment_id=ref.segment_id)
     if trailer is None:
         return False
     look = looked.look = SegmentLook(ref, sealed=True, listed=True, data_end=trailer.data_end, durable_bytes=ref.size_bytes)
@@ -161,19 +161,6 @@ def _look_sealed(reader: SegmentReader, around: Surroundings, looked: Looked) ->
         look.record_count = len(scan.records)
         _add_gaps(scan.damaged, ref, looked, "the table of contents that listed it is damaged as well")
     return True
-
-
-def own_trailer(reader: SegmentReader, store_uuid: bytes) -> Trailer | None:
-    """The trailer that a sealed segment of this store and place ends in; ``None`` without one. Raises ``DeviceError``."""
-    size_bytes = reader.ref.size_bytes
-    if size_bytes % PAGE_BYTES or size_bytes < 2 * PAGE_BYTES:
-        return None
-    try:
-        trailer = Trailer.parse(reader.read(size_bytes - PAGE_BYTES, PAGE_BYTES), where=_where(reader.ref, size_bytes - PAGE_BYTES))
-    except CorruptRecord:
-        return None
-    mine = (trailer.store_uuid, trailer.segment_id, trailer.file_bytes) == (store_uuid, reader.ref.segment_id, size_bytes)
-    return trailer if mine else None
 
 
 def _where(ref: SegmentRef, offset: int) -> str:

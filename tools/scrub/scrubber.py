@@ -10,8 +10,9 @@ from typing import Protocol
 
 from ...format.errors import DeviceError, PathUnavailable
 from ...format.layout import SEGMENTS_FOLDER, parse_segment_name, segment_name
+from ...format.walk import find_trailer
 from ...gds.device import Device
-from ..fsck.check_segments import Surroundings, own_trailer
+from ..fsck.check_segments import Surroundings
 from ..fsck.check_superblock import check_superblock, read_first_page, read_first_pages
 from ..fsck.findings import ExitBit, Finding, Report
 from ..fsck.options import Level, Progress, Stopped
@@ -202,7 +203,8 @@ class Scrubber:
                     return False, 0
                 header = read_first_page(reader).header
                 mine = header is not None and (header.store_uuid, header.segment_id) == (self._uuid, segment_id)
-                return own_trailer(reader, self._uuid) is not None, header.first_live_segment if mine and header is not None else 0
+                trailer = find_trailer(reader.read, ref.size_bytes, store_uuid=self._uuid, segment_id=segment_id)
+                return trailer is not None, header.first_live_segment if mine and header is not None else 0
         except DeviceError:  # it is told when the segment is checked, or is a matter of its writer
             return False, 0
 

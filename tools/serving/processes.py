@@ -63,17 +63,3 @@ def wait_idle(session: int, timeout_s: float = IDLE_TIMEOUT_S) -> bool:
             return True
         before = now
     return False
-
-
-def forget_pages(folder: Path) -> None:
-    """Ask the kernel to drop what it holds of the files below ``folder``. Segments are read with O_DIRECT anyway where the file system
-    takes it; the index is not."""
-    for path in folder.rglob("*"):
-        if not path.is_file():
-            continue
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)

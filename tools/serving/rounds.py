@@ -14,9 +14,10 @@ from rich.console import Console
 
 from ...format.errors import KvlodeError
 from ..bench.figures import Bar, Item, abba
+from ..bench.page_cache import forget_pages
 from .clients import Texts, Timing, each_client, stream
 from .figures import comparison, percentile
-from .processes import forget_pages, usage_of, wait_idle
+from .processes import usage_of, wait_idle
 from .server import VllmServer
 
 TOKENS_PER_S_BAR = Bar(0.97, "at least")
