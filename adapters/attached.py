@@ -203,5 +203,5 @@ class _Finished:
     def wait(self, timeout: float | None = None) -> bool:
         return True
 
-    def cancel(self) -> None:
-        return None
+    def cancel(self, timeout: float | None = None) -> bool:
+        return True

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,8 +41,8 @@ class _Running:
     job: GetJob | PutJob
     keys: Sequence[bytes]
     started_s: float
-    call_off: Callable[[], None] | None
-    """``None`` for a store, and once it was called."""
+    load: GetJob | None
+    """The job again, where it is a load that was not called off yet."""
     is_load: bool
 
 
@@ -59,13 +58,11 @@ class Transfers:
         self._queue = queue
         self._lock = threading.Lock()
         self._running: dict[Hashable, _Running] = {}
-        self._late: deque[Callable[[], None]] = deque()
-        self._calling_off = False
 
     def load(self, job_id: Hashable, space: QuietSpace, keys: Sequence[bytes], outs: Sequence[Block], *, stream: Any = None) -> None:
         """Read blocks; the destinations are the job's until it is reported. ``stream``: the CUDA stream that copies are ordered on."""
         job = space.submit_get(keys, outs, queue=self._queue, stream=stream)
-        self._add(job_id, _Running(job, keys, time.monotonic(), job.cancel, is_load=True))
+        self._add(job_id, _Running(job, keys, time.monotonic(), job, is_load=True))
 
     def store(
         self,
@@ -95,48 +92,27 @@ class Transfers:
 
     def finished(self) -> list[Outcome]:
         """Jobs that are over and were not reported before, in the order they were submitted."""
+        self._call_off_late()
         now_s = time.monotonic()
         with self._lock:
             over = [(job_id, running) for job_id, running in self._running.items() if running.job.done()]
             for job_id, _ in over:
                 del self._running[job_id]
-            late = self._take_late(now_s)
-        if late:
-            self._call_off(late)
         return [_outcome(job_id, running, now_s) for job_id, running in over]
 
-    def _take_late(self, now_s: float) -> list[Callable[[], None]]:
-        """How to call off the loads that are over their time, each once."""
-        late: list[Callable[[], None]] = []
-        for running in self._running.values():
-            if running.call_off is not None and now_s - running.started_s > self._load_timeout_s:
-                late.append(running.call_off)
-                running.call_off = None
-        return late
-
-    def _call_off(self, late: Sequence[Callable[[], None]]) -> None:
-        """On one thread beside: it waits for what is under way on the drive, and this may be a drive that hangs."""
-        logger.warning("%d loads took longer than %.1f s and are called off", len(late), self._load_timeout_s)
+    def _call_off_late(self) -> None:
+        """Loads that are over their time. They are done at once, but where the drive is already reading into their destinations."""
+        late: list[GetJob] = []
+        now_s = time.monotonic()
         with self._lock:
-            self._late.extend(late)
-            if self._calling_off:
-                return
-            self._calling_off = True
-        try:
-            threading.Thread(target=self._call_off_all, name="kvlode-cancel", daemon=True).start()
-        except RuntimeError as error:  # no more threads: the loads end when the drive has delivered
-            logger.error("late loads cannot be called off: %s", error)
-            with self._lock:
-                self._calling_off = False
-
-    def _call_off_all(self) -> None:
-        while True:
-            with self._lock:
-                if not self._late:
-                    self._calling_off = False
-                    return
-                call_off = self._late.popleft()
-            call_off()
+            for running in self._running.values():
+                if running.load is not None and now_s - running.started_s > self._load_timeout_s:
+                    late.append(running.load)
+                    running.load = None
+        if late:
+            logger.warning("%d loads took longer than %.1f s and are called off", len(late), self._load_timeout_s)
+        for job in late:
+            job.cancel(timeout=0)
 
     def drain(self, timeout_s: float) -> bool:
         """Wait until every job is over (they still have to be fetched with ``finished``); False at the deadline."""

@@ -62,21 +62,13 @@ class _Lent:
     def __init__(self, pool: SlotPool, slots: Sequence[ByteArray]) -> None:
         self._pool = pool
         self.slots = slots
-        self.accepted = False
-        """The put has returned: from then on what is over is over."""
 
     def push(self, job: PutJob) -> None:
-        if self.accepted or not failed(job):
-            self.give_back()
+        self.give_back()
 
     def give_back(self) -> None:
         for slot in self.slots:
             self._pool.release(slot)
-
-
-def failed(job: PutJob) -> bool:
-    """Whether a put that has just returned may have ended half way, so that the store may still have some of its memory."""
-    return all(status.reason is Refusal.STORE_FAILED for status in job.statuses)
 
 
 class Saver:
@@ -90,10 +82,9 @@ class Saver:
         """Where blocks are read from; ``None`` from ``renew`` until the new namespace is there."""
         self._opened = space
         self._block_bytes = block_bytes
-        self._memory_bytes = memory_bytes
         self._device = device
         self._stream: Any = None
-        self._memory = self._new_memory()
+        self._memory = SlotPool(block_bytes, memory_bytes, page_lock=device.type == "cuda")
         self._piece_blocks = max(1, min(PIECE_BYTES, memory_bytes // 4) // block_bytes)
         self._changed = Monitor()
         self._queue: deque[Save] = deque()
@@ -104,9 +95,6 @@ class Saver:
         self._counts = {"given_up_blocks": 0, "refused_blocks": 0}
         self._thread = threading.Thread(target=self._run, name="kvlode-vllm-saves", daemon=True)
         self._thread.start()
-
-    def _new_memory(self) -> SlotPool:
-        return SlotPool(self._block_bytes, self._memory_bytes, page_lock=self._device.type == "cuda")
 
     # --- for the model's thread -----------------------------------------------------------------------------------------
 
@@ -242,10 +230,6 @@ class Saver:
             blocks = [slot[: self._block_bytes] for slot in lent.slots]
             above = save.keys[position - 1] if position else save.parent
             job = space.submit_put(save.keys[position:stop], blocks, own="borrow", chained=True, parent=above, queue=lent)
-            lent.accepted = True
-            if failed(job):
-                self._memory.close()  # what was lent is the store's, perhaps, until it is closed
-                self._memory = self._new_memory()
             self._read_only = all(status.reason is Refusal.READ_ONLY for status in job.statuses)  # another engine has the folder
             if self._read_only:
                 return

@@ -154,8 +154,13 @@ class GetJob(Protocol):
         """Wait for ``done``; False when the deadline passed (the destinations still belong to the job)."""
         ...
 
-    def cancel(self) -> None:
-        """Stop what was not issued and wait until no I/O targets the destinations; the rest becomes ``CANCELLED``."""
+    def cancel(self, timeout: float | None = None) -> bool:
+        """Call the job off and wait for ``done``; keys that were not delivered become ``CANCELLED``.
+
+        What the drive is already reading straight into the destinations cannot be called back: only then is there anything to wait
+        for. False when the deadline passed first; the job is done, and told to its queue, as soon as that is over. With
+        ``timeout=0`` it never waits.
+        """
         ...
 
 

@@ -298,8 +298,8 @@ class Core:
         return outcome.result()
 
     def _run_job(self, job: ReadJob, work: Callable[[], Any]) -> None:
-        if not job.claim():
-            return  # cancelled before it began
+        if job.cancelled:
+            return
         try:
             work()
         except Exception as error:

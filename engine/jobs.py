@@ -90,8 +90,8 @@ class Job:
 class ReadJob(Job):
     """A ``GetJob``. The store settles one key after the other; memory of the caller is only touched inside ``delivering``.
 
-    The gate makes deadlines safe: ``abandon`` waits for the deliveries that are running and refuses all later
-    ones, so that afterwards no thread of the store can touch the destinations again.
+    That gate makes calling off safe at any moment, whatever the store's threads wait for: no delivery begins afterwards, and the job
+    is done as soon as those that had begun are over.
     """
 
     def __init__(self, count: int, queue: Any | None = None) -> None:
@@ -100,15 +100,15 @@ class ReadJob(Job):
         self._verified = [False] * count
         self._unsettled = count
         self._delivering = 0
-        self._claimed = False
-        self._cancelled = False
-        self._abandoned = False
+        self._called_off: Status | None = None
+        """What unfinished keys are reported as, once the job was called off."""
         if count == 0:
             self._finish()
 
     @property
     def statuses(self) -> Sequence[Status]:
-        return list(self._statuses)
+        rest = self._called_off if self._done and self._called_off is not None else Status.PENDING
+        return [rest if status is Status.PENDING else status for status in self._statuses]
 
     @property
     def verified(self) -> Sequence[bool]:
@@ -117,18 +117,12 @@ class ReadJob(Job):
     @property
     def cancelled(self) -> bool:
         """True once nothing more should be started for this job."""
-        return self._cancelled
-
-    def claim(self) -> bool:
-        """Called by whoever is going to work on the job: True for the first one only."""
-        with self._lock:
-            claimed, self._claimed = self._claimed, True
-        return not claimed
+        return self._called_off is not None
 
     def settle(self, position: int, status: Status, *, verified: bool = True) -> None:
-        """Called by the store: the final status of one key. The first word counts."""
+        """Called by the store: the final status of one key. The first word counts, and none after the job was called off."""
         with self._lock:
-            if self._statuses[position] is not Status.PENDING or self._abandoned:
+            if self._statuses[position] is not Status.PENDING or self.cancelled:
                 return
             self._statuses[position] = status
             self._verified[position] = verified and status is Status.HIT
@@ -141,7 +135,7 @@ class ReadJob(Job):
     def delivering(self) -> Iterator[bool]:
         """Called by the store around every access to a destination; yields False when it must not be touched any more."""
         with self._lock:
-            allowed = not self._abandoned
+            allowed = not self.cancelled
             if allowed:
                 self._delivering += 1
         try:
@@ -150,24 +144,27 @@ class ReadJob(Job):
             if allowed:
                 with self._lock:
                     self._delivering -= 1
-                    self._changed.notify_all()
+                    over = self.cancelled and self._delivering == 0
+                if over:
+                    self._finish()
 
-    def cancel(self) -> None:
-        """Stop what was not issued; returns when no I/O targets the destinations. Unread keys become ``CANCELLED``."""
-        self._cancelled = True
-        if self.claim():  # nobody works on it, and nobody will
-            for position in range(len(self._statuses)):
-                self.settle(position, Status.CANCELLED)
-            self._finish()  # also where an interrupt came between the last settlement and this
-        self.wait()
+    def cancel(self, timeout: float | None = None) -> bool:
+        """See ``GetJob.cancel``."""
+        self._call_off(Status.CANCELLED)
+        return self.wait(timeout)
 
     def abandon(self) -> None:
         """Give up at a deadline: afterwards destinations are never touched, unfinished keys stay ``PENDING``."""
-        self._cancelled = True
+        self._call_off(Status.PENDING)
+        self.wait()
+
+    def _call_off(self, rest: Status) -> None:
         with self._lock:
-            self._abandoned = True
-        self._changed.wait_for(lambda: self._delivering == 0)
-        self._finish()
+            if self._called_off is None:
+                self._called_off = rest
+            over = self._delivering == 0
+        if over:
+            self._finish()
 
 
 class WriteJob(Job):

@@ -12,6 +12,7 @@ memory.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections import deque
@@ -165,22 +166,31 @@ class Reader:
             return 0
         try:
             buffers = self._lay_out(extent)
-            if job.cancelled:  # while it waited for bounce memory
-                self._release_slot(extent)
-                self._settle(job, extent, Status.CANCELLED)
-                return 0
-            with self._turns:
-                read_bytes = file.read_now(extent.start, buffers)
-            check_length(file, extent.start, extent.stop - extent.start, read_bytes)
+            read_bytes = self._fill(job, extent, file, buffers)
         except BaseException:
             self._release_slot(extent)
             raise
         finally:
             self._segments.unpin(extent.segment_id)
+        if read_bytes is None:
+            self._release_slot(extent)
+            self._settle(job, extent, Status.CANCELLED)
+            return 0
         for request in extent.requests:
             complete = request.entry.offset + request.record_bytes <= extent.start + read_bytes
             self._check_and_deliver(job, extent, request, complete, stream)
         return sum(request.entry.stored_length for request in extent.requests)
+
+    def _fill(self, job: ReadJob, extent: _Extent, file: DeviceFile, buffers: list[Any]) -> int | None:
+        """Read; ``None`` when the job was called off first. Only what is read straight into destinations counts as a delivery: a job
+        that is called off while the drive fills bounce memory is done at once."""
+        into_destinations = any(request.direct for request in extent.requests)
+        with self._turns, job.delivering() if into_destinations else contextlib.nullcontext(not job.cancelled) as allowed:
+            if not allowed:
+                return None
+            read_bytes = file.read_now(extent.start, buffers)
+        check_length(file, extent.start, extent.stop - extent.start, read_bytes)
+        return read_bytes
 
     def _not_read(self, job: ReadJob, extent: _Extent) -> None:
         """Cancelled; or freed since the index was asked, or its file is lost: the entry must not promise it for ever."""

@@ -117,14 +117,14 @@ class SetReadJob(Job):
                 found += [answer for answer in answers if answer[1] is Status.HIT]
         return found
 
-    def cancel(self) -> None:
+    def cancel(self, timeout: float | None = None) -> bool:
         """See ``GetJob.cancel``."""
         with self._lock:
             self._cancelled = True
             jobs = [leg.job for leg in self._running if leg.job is not None]
         for job in jobs:
-            job.cancel()
-        self.wait()
+            job.cancel(timeout=0)
+        return self.wait(timeout)
 
     def _go_on(self, positions: list[int]) -> None:
         with self._lock:
@@ -150,7 +150,7 @@ class SetReadJob(Job):
             leg.job = job
             cancelled = self._cancelled and leg in self._running
         if cancelled:
-            job.cancel()
+            job.cancel(timeout=0)
 
     def _ended(self, leg: Leg, statuses: Sequence[Status], verified: Sequence[bool]) -> None:
         with self._lock:

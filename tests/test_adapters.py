@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +16,13 @@ from adapter_conformance import LOAD_TIMEOUT_S, PREFIX, WAIT_S, AdapterConforman
 from kvlode import InvalidConfig, MemoryStore, Namespace, Refusal, Status
 from kvlode.adapters.attached import AttachedStore, QuietSpace
 from kvlode.adapters.identity import weights_revision
-from kvlode.adapters.transfers import Transfers, _Running
+from kvlode.adapters.transfers import Transfers
+from kvlode.engine.testing import open_on_device
+from kvlode.gds.buffers import aligned_array
 from kvlode.gds.late import LateDevice
 from kvlode.gds.memory import MemoryDevice
 from kvlode.gds.testing import Fault, FaultyDevice
 from model import block_bytes
-from rig import eventually
 
 BLOCK_BYTES = 96 << 10
 
@@ -135,32 +135,30 @@ def test_a_closed_store_is_misses_and_no_exception() -> None:
     assert space.submit_get([b"a"], [content(2)]).statuses == [Status.IO_ERROR]
 
 
-def test_a_late_load_is_called_off_once_and_reported_when_its_memory_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("in_place", [False, True], ids=["by bounce memory", "straight into the destinations"])
+def test_a_late_load_is_over_at_once_unless_the_drive_reads_into_its_destinations(in_place: bool) -> None:
     late = LateDevice(MemoryDevice(), holding=())
-    suite = TestSharedLayer()
-    engine = suite.start(suite.on_device(monkeypatch, late))
-    engine.store(PREFIX)
-    engine.flush()
-    engine.stop()
-    engine = suite.start(suite.on_device(monkeypatch, late))
+    store = open_on_device(late)
+    space = QuietSpace(store.namespace(descriptor()), descriptor())
+    keys = [b"a", b"b"]
+    blocks = [block_bytes(key, 0, 1 << 16) for key in keys]
+    assert all(space.submit_put(keys, blocks).statuses) and store.flush()
+    store.close()
+    store = open_on_device(late)
+    space = QuietSpace(store.namespace(descriptor()), descriptor())
     late.hold("read")
-    outs = [np.full(BLOCK_BYTES, 0xA5, np.uint8) for _ in PREFIX]
-    engine.transfers.load("job", engine.space, keys_of(PREFIX), outs)
+    outs = [aligned_array(1 << 16) if in_place else np.zeros((1 << 16) + 1, np.uint8)[1:] for _ in keys]
+    transfers = Transfers(load_timeout_s=0.0)
+    transfers.load("job", space, keys, outs)
     assert late.wait_for_held(1)
-    assert eventually(lambda: not engine.transfers._running or engine.transfers.finished() != [] or _called_off(engine))
-    assert engine.transfers.pending == 1, "reported while the drive may still write into its memory"
+    outcomes = transfers.finished()
+    assert (outcomes == []) is in_place
     late.hold()
     late.release()
-    outcomes: list[Any] = []
-    assert eventually(lambda: bool(outcomes.extend(engine.transfers.finished()) or outcomes))
-    assert [outcome.job_id for outcome in outcomes] == ["job"]
-    for out, good, block in zip(outs, outcomes[0].good, PREFIX, strict=True):
-        assert not good or np.array_equal(out, content(block))
-    engine.stop()
-
-
-def _called_off(engine: PlainEngine) -> bool:
-    return all(running.call_off is None for running in engine.transfers._running.values())
+    assert transfers.drain(WAIT_S)
+    outcomes = outcomes or transfers.finished()
+    assert [outcome.job_id for outcome in outcomes] == ["job"] and set(outcomes[0].statuses) == {Status.CANCELLED}
+    assert store.close()
 
 
 # --- which weights ------------------------------------------------------------------------------------------------------------
@@ -260,28 +258,3 @@ def test_after_a_drop_that_failed_nothing_is_found(monkeypatch: pytest.MonkeyPat
     assert all(found is None for found in engine.load(PREFIX))
     device.clear()
     engine.stop()
-
-
-def test_late_loads_share_one_thread_that_calls_them_off() -> None:
-    class Endless:
-        statuses = (Status.PENDING,)
-
-        def __init__(self, gate: threading.Event) -> None:
-            self._gate = gate
-
-        def done(self) -> bool:
-            return self._gate.is_set()
-
-        def cancel(self) -> None:
-            self._gate.wait(WAIT_S)
-
-    gate = threading.Event()
-    transfers = Transfers(load_timeout_s=0.0)
-    for number in range(50):
-        job: Any = Endless(gate)
-        transfers._add(number, _Running(job, [b"k"], 0.0, job.cancel, is_load=True))
-    assert transfers.finished() == []
-    assert sum(thread.name == "kvlode-cancel" for thread in threading.enumerate()) == 1
-    gate.set()
-    assert [outcome.job_id for outcome in transfers.finished()] == list(range(50))
-    assert eventually(lambda: not any(thread.name == "kvlode-cancel" for thread in threading.enumerate()))
