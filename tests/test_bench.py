@@ -163,21 +163,22 @@ def test_a_quick_run_answers_with_one_object_and_leaves_nothing_behind(tmp_path:
     code = run_bench(folder, as_json=True, quick=True, console=_quiet())
     answer = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(answer) == {"machine", "settings", "items", "elapsed_s"}
-    assert set(answer["items"]) == FIGURES
+    items = {item["name"]: item for item in answer["items"]}
+    assert set(items) == FIGURES
     assert set(answer["machine"]) == set(machine_facts(str(tmp_path)))
-    for name, item in answer["items"].items():
+    for name, item in items.items():
         assert item["state"] in ("ok", "unresolved", "skipped") or "not cold" in item["reason"], (name, item)
         if item["state"] != "skipped":
-            assert item["figure"] > 0 and item["rounds"] >= 1, (name, item)
-            assert (item["reached"] is None) == (item["bar"] is None), (name, item)
-    paths = answer["items"]["read_raw.aligned"]["absolute"]["io_bytes"]
+            assert item["value"] > 0 and item["rounds"] >= 1, (name, item)
+            assert (item["ok"] is None) == (item["bar"] is None), (name, item)
+    paths = items["read_raw.aligned"]["facts"]["io_bytes"]
     assert sum(paths.values()) >= answer["settings"]["size_bytes"] and set(paths) <= {"o_direct", "buffered", "gds", "cufile-compat"}
-    assert code == int(any(item["state"] == "void" for item in answer["items"].values()))
+    assert code == int(any(item["state"] == "void" for item in items.values()))
     assert not folder.exists()
 
 
 def test_chosen_items_are_measured_and_shown_as_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_bench(tmp_path, items=["compression"], quick=True, console=_quiet()) == 0
+    assert run_bench(tmp_path, only=["compression"], quick=True, console=_quiet()) == 0
     shown = capsys.readouterr().out
     assert "codec.encode" in shown and "write_raw" not in shown
     assert list(tmp_path.iterdir()) == []
@@ -185,7 +186,7 @@ def test_chosen_items_are_measured_and_shown_as_a_table(tmp_path: Path, capsys: 
 
 def test_an_unknown_item_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(InvalidConfig, match="write_row"):
-        run_bench(tmp_path / "bench", items=["write_row"], quick=True, console=_quiet())
+        run_bench(tmp_path / "bench", only=["write_row"], quick=True, console=_quiet())
     assert "write_raw" in ITEMS and not (tmp_path / "bench").exists()
 
 
@@ -193,20 +194,22 @@ def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path) -> 
     with pytest.raises(NoSpace, match="GiB free"):
         check_free_space(str(tmp_path), 1 << 60)
     with pytest.raises(NoSpace):
-        run_bench(tmp_path, items=["write_raw"], size_bytes=1 << 58, console=_quiet())
+        run_bench(tmp_path, only=["write_raw"], size_bytes=1 << 58, console=_quiet())
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_item_is_plain_values_in_json() -> None:
     item = Item("x", "ratio", "ok", 0.912345678, (0.9, 0.95), 9, Bar(0.8, "at least"), None, {"store_GB_s": 1.23456789})
     assert json.loads(json.dumps(item.to_dict())) == {
-        "figure": 0.91235,
+        "name": "x",
+        "value": 0.91235,
         "unit": "ratio",
-        "quartiles": [0.9, 0.95],
+        "bar": 0.8,
+        "direction": "at least",
+        "ok": True,
+        "spread": [0.9, 0.95],
         "rounds": 9,
-        "bar": {"value": 0.8, "direction": "at least"},
-        "reached": True,
         "state": "ok",
         "reason": None,
-        "absolute": {"store_GB_s": 1.2346},
+        "facts": {"store_GB_s": 1.2346},
     }

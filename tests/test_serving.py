@@ -18,7 +18,7 @@ from kvlode.tools.bench.figures import Bar
 from kvlode.tools.bench.page_cache import forget_pages
 from kvlode.tools.serving import processes, report
 from kvlode.tools.serving.clients import Texts, each_client, stream, tokens_in
-from kvlode.tools.serving.figures import comparison, percentile, plain_item
+from kvlode.tools.serving.figures import comparison, percentile
 from kvlode.tools.serving.processes import Usage, compute_cpus, usage_of, wait_idle
 from kvlode.tools.serving.rounds import QUICK, Sizes, asked_by, shorter
 from kvlode.tools.serving.server import ServerOptions, VllmServer, transfer_settings
@@ -42,11 +42,11 @@ def test_a_comparison_pairs_the_rounds() -> None:
 
 def test_items_become_plain_json() -> None:
     void = comparison("gap", [2.0], [1.0], unit="ms", bar=Bar(1.1, "at most"), facts={"samples": 3}, void="nothing was loaded")
-    plain = json.loads(json.dumps(plain_item(void)))
-    assert (plain["name"], plain["value"], plain["unit"], plain["bar"]) == ("gap", 2.0, "ratio", "<= 1.1")
+    plain = json.loads(json.dumps(void.to_dict()))
+    assert (plain["name"], plain["value"], plain["bar"], plain["direction"]) == ("gap", 2.0, 1.1, "at most")
     assert plain["ok"] is None and plain["state"] == "void" and plain["reason"] == "nothing was loaded"
     assert plain["facts"]["samples"] == 3
-    missed = plain_item(comparison("gap", [2.0], [1.0], unit="ms", bar=Bar(1.1, "at most")))
+    missed = comparison("gap", [2.0], [1.0], unit="ms", bar=Bar(1.1, "at most")).to_dict()
     assert missed["ok"] is False and missed["spread"] == [2.0, 2.0]
 
 

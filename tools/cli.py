@@ -102,7 +102,7 @@ def bench(
     path: Annotated[
         Path | None, typer.Argument(help="Measure below this folder (default: ./.bench).", show_default=False, readable=False)
     ] = None,
-    items: Annotated[list[str] | None, typer.Option("--item", help="Only this item; may be repeated.", show_default=False)] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only this item; may be repeated.", show_default=False)] = None,
     size: Annotated[str, typer.Option(help="What a round writes or reads.")] = "2GiB",
     rounds: Annotated[int, typer.Option(help="Rounds of each pair.", min=1)] = 9,
     quick: Annotated[bool, typer.Option("--quick", help="Only show that the bench works; the figures mean nothing.")] = False,
@@ -113,7 +113,7 @@ def bench(
         require_folder(path, "a bench")
     from .bench import run_bench
 
-    code = run_bench(path, as_json=as_json, items=items, size_bytes=size, rounds=rounds, quick=quick, console=_progress())
+    code = run_bench(path, as_json=as_json, only=only, size_bytes=size, rounds=rounds, quick=quick, console=_progress())
     raise typer.Exit(code)
 
 

@@ -66,18 +66,19 @@ class Item:
         return self.bar.reached_by(self.figure)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        bar = None if self.bar is None else {"value": self.bar.value, "direction": self.bar.direction}
+        """Plain values for JSON. ``ok`` is whether the bar is reached: ``None`` without one, and where nothing may be claimed."""
         return {
-            "figure": _rounded(self.figure),
+            "name": self.name,
+            "value": _rounded(self.figure),
             "unit": self.unit,
-            "quartiles": None if self.quartiles is None else [_rounded(value) for value in self.quartiles],
+            "bar": None if self.bar is None else self.bar.value,
+            "direction": None if self.bar is None else self.bar.direction,
+            "ok": self.reached,
+            "spread": None if self.quartiles is None else [_rounded(value) for value in self.quartiles],
             "rounds": self.rounds,
-            "bar": bar,
-            "reached": self.reached,
             "state": self.state,
             "reason": self.reason,
-            "absolute": {name: _rounded(value) for name, value in self.absolute.items()},
+            "facts": {name: _rounded(value) for name, value in self.absolute.items()},
         }
 
 

@@ -25,7 +25,7 @@ def to_json(items: Sequence[Item], machine: dict[str, Any], setting: Setting, el
             "rounds": setting.rounds,
             "quick": setting.quick,
         },
-        "items": {item.name: item.to_dict() for item in items},
+        "items": [item.to_dict() for item in items],
         "elapsed_s": round(elapsed_s, 1),
     }
 

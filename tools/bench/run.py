@@ -33,20 +33,20 @@ QUICK_ROUNDS = 3
 _DRIVE: dict[str, Callable[[Setting], list[Item]]] = {"write_raw": drive.measure_writes, "read_raw": drive.measure_reads}
 _MEMORY: dict[str, Callable[[Setting], list[Item]]] = {"dram_get": measure_dram, "compression": measure_codecs}
 ITEMS = (*_DRIVE, *_MEMORY, *million.NAMES)
-"""Names for ``items``; some give several figures, named ``<item>.<what>``."""
+"""Names for ``only``; some give several figures, named ``<item>.<what>``."""
 
 
 def run_bench(
     path: str | os.PathLike[str] | None = None,
     *,
     as_json: bool = False,
-    items: Sequence[str] | None = None,
+    only: Sequence[str] | None = None,
     size_bytes: int | str = SIZE_DEFAULT,
     rounds: int = ROUNDS_DEFAULT,
     quick: bool = False,
     console: Console | None = None,
 ) -> int:
-    """Measure ``items`` (names of ``ITEMS``; default all) in a new folder below ``path`` (default ``./.bench``), which is removed again.
+    """Measure ``only`` these (names of ``ITEMS``; default all) in a new folder below ``path`` (default ``./.bench``), which it removes.
 
     ``size_bytes`` (or text such as ``"2GiB"``) is what a round writes or reads. ``quick`` shrinks everything: it shows that
     the bench works and measures nothing. ``console`` shows progress (standard error by default); the table or, with
@@ -54,7 +54,7 @@ def run_bench(
     figure is void. Raises ``InvalidConfig`` and ``NoSpace`` before anything is made.
     """
     started = time.perf_counter()
-    chosen = _chosen(items)
+    chosen = _chosen(only)
     if rounds < 1:
         raise InvalidConfig("rounds is too small", expected=">= 1 (9 or more for a figure to be relied on)", actual=rounds)
     above = Path(path or FOLDER_DEFAULT)
@@ -83,11 +83,11 @@ def run_bench(
     return 1 if any(item.state == "void" for item in measured) else 0
 
 
-def _chosen(items: Sequence[str] | None) -> set[str]:
-    unknown = [item for item in items or () if item not in ITEMS]
+def _chosen(only: Sequence[str] | None) -> set[str]:
+    unknown = [item for item in only or () if item not in ITEMS]
     if unknown:
         raise InvalidConfig("there is no such item", expected=" or ".join(ITEMS), actual=", ".join(unknown))
-    return set(items or ITEMS)
+    return set(only or ITEMS)
 
 
 def _measure(setting: Setting, chosen: set[str]) -> list[Item]:

@@ -31,7 +31,6 @@ from ..bench.machine import machine_facts
 from ..demo import folder_on_a_drive
 from ..demo_model import MODEL_NAME, document
 from .clients import Texts
-from .figures import plain_item
 from .processes import compute_cpus
 from .report import show
 from .rounds import QUICK, Pair, Sizes
@@ -99,7 +98,7 @@ def run_bench(dtypes: Sequence[Dtype], parts: Sequence[Part], sizes: Sizes, abov
         "elapsed_s": round(time.monotonic() - started_s, 1),
     }
     show(items, machine, sizes)
-    return {"items": [plain_item(item) for item in items], "machine": machine}
+    return {"items": [item.to_dict() for item in items], "machine": machine}
 
 
 def main(

@@ -36,20 +36,3 @@ def comparison(
     ratios = [ours / bare for ours, bare in zip(with_store, without_store, strict=True)]
     arms = {"with_store": statistics.median(with_store), "without_store": statistics.median(without_store), "unit": unit}
     return value_item(name, ratios, unit=RATIO, bar=bar, facts={**arms, **(facts or {})}, void=void)
-
-
-def plain_item(item: Item) -> dict[str, Any]:
-    """Plain values for JSON. ``ok`` is whether the bar is reached: ``None`` without one, and where nothing may be claimed."""
-    plain = item.to_dict()
-    return {
-        "name": item.name,
-        "value": plain["figure"],
-        "unit": item.unit,
-        "bar": None if item.bar is None else str(item.bar),
-        "ok": item.reached,
-        "spread": plain["quartiles"],
-        "rounds": item.rounds,
-        "state": item.state,
-        "reason": item.reason,
-        "facts": plain["absolute"],
-    }
