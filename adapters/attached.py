@@ -16,6 +16,7 @@ from ..engine.config import StoreConfig
 from ..engine.contract import Block, BlockSpace, GetJob, LoadEstimate, PutJob, Refusal, Status, Store
 from ..engine.jobs import refused
 from ..engine.opening import follow_store, open_store
+from ..engine.store_set import open_set
 from ..format.errors import InvalidConfig, KvlodeError
 from ..format.namespace import Namespace
 
@@ -23,7 +24,7 @@ logger = logging.getLogger("kvlode")
 
 T = TypeVar("T")
 
-OWN_OPTIONS = frozenset({"path"})
+OWN_OPTIONS = frozenset({"path", "own"})
 DEFAULTS: dict[str, Any] = {"buffer": "256MiB", "on_locked": "follow", "serve_clean": False}
 """The engine has a DRAM tier of its own, so the store's buffer only takes writes; a second process beside the writer reads."""
 CLOSE_S = 30.0
@@ -38,19 +39,26 @@ class AttachedStore:
         self.reason = reason
 
     @classmethod
-    def open(cls, options: Mapping[str, Any], *, where: str, follow: bool = False) -> AttachedStore:
+    def open(cls, options: Mapping[str, Any], *, where: str, follow: bool = False, sets: bool = False) -> AttachedStore:
         """``options``: ``path`` and whatever ``kvlode.open`` takes; ``where`` names the engine's setting in messages.
 
         ``follow``: only ever read, so that a process that has nothing to write does not take the lock from the one that has.
+        ``sets``: ``path`` may also be a list of folders, with ``own`` as in ``kvlode.open``.
 
         Raises ``InvalidConfig`` for options that no store has. A store that cannot be opened is reported once and then absent.
         """
         path = options.get("path")
-        if not isinstance(path, str) or not path:
-            raise InvalidConfig("an adapter needs the folder of its store", where=where, expected="path: a folder", actual=path)
+        folders = path if sets and isinstance(path, (list, tuple)) else [path]
+        if not folders or not all(isinstance(folder, str) and folder for folder in folders):
+            expected = "path: a folder" + (", or a list of folders" if sets else "")
+            raise InvalidConfig("an adapter needs the folder of its store", where=where, expected=expected, actual=path)
+        if folders[0] is path and "own" in options:
+            raise InvalidConfig("own is for a list of folders", where=where, expected="a list as path, or no own", actual=path)
         config = StoreConfig.build(**(DEFAULTS | {name: value for name, value in options.items() if name not in OWN_OPTIONS}))
         try:
-            return cls(follow_store(path, config) if follow else open_store(path, config))
+            if folders[0] is not path:
+                return cls(open_set(folders, config, own=options.get("own", 1)))
+            return cls(follow_store(folders[0], config) if follow else open_store(folders[0], config))
         except InvalidConfig:
             raise
         except (KvlodeError, OSError) as error:

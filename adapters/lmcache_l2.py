@@ -76,10 +76,10 @@ class LmcacheInterface:
 class L2Adapter:
     """The methods of ``L2AdapterInterface``. Thread-safe; none waits, except ``close`` (at most 30 s for each of two steps).
 
-    ``config``: ``adapter_params``, which are ``path`` and whatever ``kvlode.open`` takes, and of the adapter itself: ``revision`` (a text
-    that changes with the weights; without it that of the files, where the model's name is a folder), ``serialized`` and
-    ``serialized_bytes_max`` (of one object, 64 MiB; another value finds nothing of what was stored before), ``lookup_timeout_s``,
-    ``load_timeout_s``, ``lease_s`` (how long a lock holds that LMCache forgot).
+    ``config``: ``adapter_params``, which are ``path`` (a folder, or a list of them: a store set) and whatever ``kvlode.open``
+    takes, and of the adapter itself: ``revision`` (a text that changes with the weights; without it that of the files, where the model's
+    name is a folder), ``serialized`` and ``serialized_bytes_max`` (of one object, 64 MiB; another value finds nothing of what was
+    stored before), ``lookup_timeout_s``, ``load_timeout_s``, ``lease_s`` (how long a lock holds that LMCache forgot).
     Raises ``InvalidConfig`` for settings that cannot be; a store that cannot be opened is reported once, and then everything is a miss.
     """
 
@@ -90,7 +90,7 @@ class L2Adapter:
         self._lmcache.base.__init__(self, max_capacity_bytes=0)  # type: ignore[misc]
         self._serialized = bool(own["serialized"])
         self._serialized_bytes_max = int(own["serialized_bytes_max"])
-        self._attached = AttachedStore.open(options, where=WHERE)
+        self._attached = AttachedStore.open(options, where=WHERE, sets=True)
         self._spaces = Spaces(self._attached)
         self._revisions = Revisions(own["revision"])
         self._leases = Leases(own["lease_s"])

@@ -119,7 +119,7 @@ class HiCacheBackend:
 
     def _attach(self) -> AttachedStore:
         options = {"put_timeout_s": self._settings["store_timeout_s"]} | self._options | {"path": self.folder}
-        if self.writes or not self.folder:
+        if self.writes or not self.folder or not isinstance(self.folder, str):
             return AttachedStore.open(options, where=WHERE)
         if not os.path.exists(os.path.join(self.folder, SUPERBLOCK_NAME)):
             return AttachedStore(None, "the rank that writes has not made its store yet")

@@ -71,9 +71,9 @@ class PrefixCounters:
 class PrefixCache:
     """Stored prefixes of one model.
 
-    ``store``: a ``kvlode.Store``, which stays its owner's, or a mapping with ``path`` and whatever ``kvlode.open`` takes, in which
-    case ``close`` closes it. ``revision`` must change with the weights; without it, it is that of the folder (or the hub's commit) that
-    the model was loaded from. ``settings`` (texts) are whatever else changes the bytes of keys and values. ``salt`` keeps
+    ``store``: a ``kvlode.Store``, which stays its owner's, or a mapping with ``path`` (a folder, or several) and whatever ``kvlode.open``
+    takes, in which case ``close`` closes it. ``revision`` must change with the weights; without it, it is that of the folder (or the hub's
+    commit) that the model was loaded from. ``settings`` (texts) are whatever else changes the bytes of keys and values. ``salt`` keeps
     apart what must not be shared (a tenant). ``min_load_tokens``: fewer than this many are computed instead of restored.
     A read that is not over after ``load_timeout_s`` is computed instead.
 
@@ -101,7 +101,7 @@ class PrefixCache:
         self._geometry = Geometry.of(model, tokens_per_block)
         self._descriptor = describe(model, self._geometry, name=name, revision=revision, settings=settings or {})
         self._owns = isinstance(store, Mapping)
-        self._attached = AttachedStore.open(store, where="PrefixCache") if isinstance(store, Mapping) else AttachedStore(store)
+        self._attached = AttachedStore.open(store, where="PrefixCache", sets=True) if isinstance(store, Mapping) else AttachedStore(store)
         self._space = self._attached.space(self._descriptor)
         self._tokens = tokens_per_block
         self._salt = salt

@@ -121,7 +121,8 @@ class WorkerSide:
         self._block_count = block_count
         self._block_tokens = block_tokens
         self._rank = rank
-        self._folder = folder_of_rank(str(settings.options.get("path") or ""), vllm_config.parallel_config, rank)
+        path = settings.options.get("path")
+        self._folder = folder_of_rank(path, vllm_config.parallel_config, rank) if isinstance(path, str) and path else ""
         self._attached = AttachedStore.open(settings.for_folder(self._folder) if self._folder else settings.options, where=WHERE)
         self._descriptor: Namespace | None = None
         self._layout: CacheLayout | None = None

@@ -61,7 +61,8 @@ class _Request:
 class VllmTier:
     """The methods of ``KvlodeTier``; ``tier_class`` puts them in front of vLLM's base class.
 
-    Settings beside ``path`` and those of ``kvlode.open``: ``revision`` (of the weights, see ``vllm_identity.model_revision``),
+    Settings beside ``path`` (a folder, or a list of folders: a store set) and those of ``kvlode.open``: ``revision`` (of the weights, see
+    ``vllm_identity.model_revision``),
     ``identity`` (a mapping of whatever else changes the bytes and vLLM does not tell the tier: quantisation given on the command
     line, RoPE overrides), ``on_reset`` (``"forget"``: a reset of the cache starts a namespace that nothing else ever reads, as weights may
     have been replaced in memory; ``"keep"`` where they never are),
@@ -106,8 +107,9 @@ class VllmTier:
         self._counts: Counter[tuple[str, tuple[str, ...]]] = Counter()
         self._spaces: dict[int, QuietSpace] = {}
         self._closed = False
-        self._path = str(options.get("path"))
-        self._attached = AttachedStore.open(DEFAULTS | options, where=WHERE)
+        path = options.get("path")
+        self._path = ", ".join(path) if isinstance(path, list) else str(path)
+        self._attached = AttachedStore.open(DEFAULTS | options, where=WHERE, sets=True)
         try:
             for group in [group.group_id for group in offloading_spec.config.groups] or [0]:
                 self._space(group)

@@ -82,9 +82,10 @@ class Job:
             if self._done:
                 return
             self._done = True
+            queue, self._queue = self._queue, None  # it may know whoever knows this job: such circles would keep destinations
             self._changed.notify_all()
-        if self._queue is not None:
-            self._queue.push(self)
+        if queue is not None:
+            queue.push(self)
 
 
 class ReadJob(Job):

@@ -7,6 +7,7 @@ a device in memory instead. Adapters open either by their settings, as in produc
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import pytest
 
-from kvlode import DiskStore
+from kvlode import DiskStore, InvalidConfig
 from kvlode.adapters import attached
 from kvlode.engine.testing import open_on_device
 from kvlode.gds.device import Device
@@ -52,6 +53,9 @@ class Engine(Protocol):
 
 class AdapterConformance:
     """See the module."""
+
+    takes_sets = False
+    """Whether ``path`` may be a list of folders."""
 
     def start(self, options: dict[str, Any], *, model: str = "model", dtype: str = "bfloat16", rank: int = 0, world: int = 1) -> Engine:
         """A new instance. ``options`` are the adapter's settings (``path`` and the store's); add ``load_timeout_s=LOAD_TIMEOUT_S``
@@ -213,6 +217,21 @@ class AdapterConformance:
         for thread in (loading, stopping):
             thread.join(WAIT_S)
             assert not thread.is_alive(), "it hangs"
+
+    def test_a_list_of_folders_is_a_store_set_or_is_refused(self, tmp_path: Path) -> None:
+        options: dict[str, Any] = {"path": [str(tmp_path / "one"), str(tmp_path / "two")], "own": 2}
+        if not self.takes_sets:
+            with pytest.raises(InvalidConfig):
+                self.start(options)
+            return
+        engine = self.stored_and_reopened(options)
+        self.assert_loads(engine, PREFIX)
+        assert all(list((tmp_path / name / "segments").iterdir()) for name in ("one", "two")), "both have blocks"
+        engine.stop()
+        shutil.rmtree(tmp_path / "two")
+        engine = self.start(options)
+        assert 0 < self.assert_right_or_absent(engine, PREFIX) < len(PREFIX)
+        engine.stop()
 
     def test_two_instances_share_a_store(self, options: dict[str, Any]) -> None:
         first, second = self.start(options), self.start(options)

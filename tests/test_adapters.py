@@ -36,7 +36,7 @@ class PlainEngine:
     """An engine whose keys are the numbers of its blocks."""
 
     def __init__(self, options: dict[str, Any], namespace: Namespace) -> None:
-        self.attached = AttachedStore.open(options, where="the test")
+        self.attached = AttachedStore.open(options, where="the test", sets=True)
         self.space = self.attached.space(namespace)
         self.transfers = Transfers(LOAD_TIMEOUT_S)
         self._jobs = itertools.count()
@@ -81,6 +81,8 @@ def content(block: int) -> np.ndarray:
 
 
 class TestSharedLayer(AdapterConformance):
+    takes_sets = True
+
     def start(
         self, options: dict[str, Any], *, model: str = "model", dtype: str = "bfloat16", rank: int = 0, world: int = 1
     ) -> PlainEngine:

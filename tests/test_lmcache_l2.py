@@ -27,6 +27,8 @@ def start(options: dict[str, Any], **identity: Any) -> L2Engine:
 
 
 class TestL2(AdapterConformance):
+    takes_sets = True
+
     def start(self, options: dict[str, Any], **identity: Any) -> L2Engine:
         return start(options, **identity)
 

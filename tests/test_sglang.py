@@ -38,9 +38,12 @@ def content(block: int, size: int = PAGE_BYTES) -> np.ndarray:
     return block_bytes(b"%d" % block, block, size)
 
 
-def backend_of(path: Path | str, pool: HostPool | None = None, *, config: dict[str, Any] | None = None, **extra: Any) -> HiCacheBackend:
+def backend_of(
+    path: Path | str | list[str], pool: HostPool | None = None, *, config: dict[str, Any] | None = None, **extra: Any
+) -> HiCacheBackend:
     """A backend with its pool, as SGLang's controller makes it."""
-    given = {"backend_name": "kvlode", "module_path": "m", "class_name": "c", "interface_v1": 1, "path": os.fspath(path)} | SMALL | extra
+    where = path if isinstance(path, list) else os.fspath(path)
+    given = {"backend_name": "kvlode", "module_path": "m", "class_name": "c", "interface_v1": 1, "path": where} | SMALL | extra
     backend = HiCacheBackend(StorageConfig(**(config or {}), extra_config=given), {})
     backend.register_mem_pool_host(pool or HostPool())
     return backend
@@ -114,7 +117,9 @@ class TestPages(AdapterConformance):
     ) -> SglangEngine:
         pool = HostPool(dtype=getattr(torch, dtype))
         config = {"model_name": model, "tp_rank": rank, "tp_size": world}
-        given = options | {"path": os.path.dirname(options["path"]), "load_timeout_s": LOAD_TIMEOUT_S, "interface_v1": self.interface_v1}
+        path = options["path"]
+        folder = path if isinstance(path, list) else os.path.dirname(path)
+        given = options | {"path": folder, "load_timeout_s": LOAD_TIMEOUT_S, "interface_v1": self.interface_v1}
         extra = {name: value for name, value in given.items() if name != "path"}
         return self.engine(self.backend_of(given["path"], pool, config=config, **extra), pool)
 

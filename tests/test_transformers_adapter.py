@@ -450,6 +450,8 @@ def silent_models() -> dict[str, Any]:
 
 
 class TestConformance(AdapterConformance):
+    takes_sets = True
+
     @pytest.fixture(autouse=True)
     def _models(self, silent_models: dict[str, Any]) -> None:
         self.models = silent_models

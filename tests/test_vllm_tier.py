@@ -27,6 +27,8 @@ from vllm_tier_engine import ROW_BYTES, Lookup, Setting, TierEngine, content, ke
 
 
 class TestVllmTier(AdapterConformance):
+    takes_sets = True
+
     def start(self, options: dict[str, Any], *, model: str = "model", dtype: str = "bfloat16", rank: int = 0, world: int = 1) -> TierEngine:
         # The tier has the bytes of all ranks, so there is no rank: what sets engines apart is how many there are.
         quick = {"load_timeout_s": LOAD_TIMEOUT_S, "flush_after_s": 0.01}

@@ -84,6 +84,8 @@ def start_l2(options: dict[str, Any], **identity: Any) -> L2Engine:
 
 
 class TestL2(AdapterConformance):
+    takes_sets = True
+
     def start(self, options: dict[str, Any], **identity: Any) -> L2Engine:
         return start_l2(options, **identity)
 

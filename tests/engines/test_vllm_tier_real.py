@@ -176,6 +176,8 @@ class ManagedEngine:
 
 
 class TestUnderTheRealManager(AdapterConformance):
+    takes_sets = True
+
     def start(
         self, options: dict[str, Any], *, model: str = "model", dtype: str = "bfloat16", rank: int = 0, world: int = 1
     ) -> ManagedEngine:
