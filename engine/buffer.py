@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from ..format.errors import StoreClosed
 from ..format.layout import PAGE_BYTES, round_up_pages
@@ -48,7 +48,8 @@ class Buffer:
         self._arena = ChunkArena(memory)
         self._prefault = Prefault(memory) if memory.size >= PREFAULT_BYTES_MIN else None
         self._clean: OrderedDict[bytes, Entry] = OrderedDict()
-        self._holds: dict[int, Entry] = {}  # by thread
+        self._holds: dict[int, list[Entry]] = {}  # by thread
+        self._waiting_for_readers: set[int] = set()
         self._serve_clean = serve_clean
         self._closed = False
         self._next_sequence = next_sequence
@@ -73,7 +74,7 @@ class Buffer:
             if reserved is not False or remaining_s <= 0:
                 return reserved
             # room appears when something was settled or a reader let go of a block that was to leave
-            self.changed.wait_for(lambda seen=settled: self._closed or self.tickets_settled != seen or self._fits(size_bytes), remaining_s)  # type: ignore[misc]
+            self._wait_for_readers(lambda seen=settled: self._closed or self.tickets_settled != seen or self._fits(size_bytes), remaining_s)  # type: ignore[misc]
 
     def _try_reserve(self, entry: Entry, size_bytes: int, now_ns: int, own_memory: bool) -> bool | None:
         self._check_open()
@@ -206,22 +207,26 @@ class Buffer:
     # --- reading ---------------------------------------------------------------------------------------------
 
     def acquire(self, ident: bytes) -> Entry | None:
-        """The block under a key, or ``None`` when there is none to read here. Its memory stays until the thread calls ``release``.
+        """The block under a key, or ``None`` when there is none to read here. Its memory stays until the thread calls ``release``."""
+        return self.acquire_many([ident])[0]
 
-        A thread holds one block at a time: should an interrupt keep it from the call, its next one makes up for it.
+    def acquire_many(self, idents: Sequence[bytes]) -> list[Entry | None]:
+        """As ``acquire``, for the keys of one call.
+
+        A thread holds what its last call gave: should an interrupt keep it from ``release``, its next call makes up for it.
         """
-        if ident not in self.entries:
-            return None
+        if not any(ident in self.entries for ident in idents):
+            return [None] * len(idents)
         thread = threading.get_ident()
         with self.lock:
-            entry = self.entries.get(ident)
-            if entry is None or not self.readable(entry):
-                return None
-            if ident in self._clean:
-                self._clean.move_to_end(ident)
+            entries = self.entries
+            found = [entry if (entry := entries.get(ident)) is not None and self.readable(entry) else None for ident in idents]
+            for ident, entry in zip(idents, found, strict=True):
+                if entry is not None and ident in self._clean:
+                    self._clean.move_to_end(ident)
             self._let_go(thread)
-            self._holds[thread] = entry
-            return entry
+            self._holds[thread] = [entry for entry in found if entry is not None]
+            return found
 
     def hides(self, ident: bytes) -> bool:
         """Whether the key is deleted or still being put, whatever the index says. Ask after ``acquire``, before the index."""
@@ -248,13 +253,25 @@ class Buffer:
             self._let_go(threading.get_ident())
 
     def _let_go(self, thread: int) -> None:
-        entry = self._holds.pop(thread, None)
-        if entry is not None:
-            self._reap(entry)
-            self.changed.notify_all()
+        held = self._holds.pop(thread, None)
+        if held:
+            for entry in held:
+                self._reap(entry)
+            if self._waiting_for_readers:  # waking everybody for nothing costs a reader more than it costs them
+                self.changed.notify_all()
+
+    def _wait_for_readers(self, predicate: Callable[[], bool], timeout_s: float | None = None) -> None:
+        """As ``changed.wait_for``, for what may also come about when a reader lets go."""
+        thread = threading.get_ident()
+        try:
+            with self.lock:
+                self._waiting_for_readers.add(thread)
+            self.changed.wait_for(predicate, timeout_s)
+        finally:
+            self._waiting_for_readers.discard(thread)
 
     def _held(self, entry: Entry) -> bool:
-        return any(held is entry for held in self._holds.values())
+        return any(each is entry for held in self._holds.values() for each in held)
 
     # --- the log's side ---------------------------------------------------------------------------------------
 
@@ -323,7 +340,7 @@ class Buffer:
     def _announce(self, entry: Entry, status: PutStatus) -> None:
         """Tell the job; for borrowed memory only when no reader copies from it any more."""
         if entry.allocation is None and entry.kind is Kind.BLOCK:
-            self.changed.wait_for(lambda: not self._held(entry))
+            self._wait_for_readers(lambda: not self._held(entry))
             entry.spans = ()
         with self.lock:
             callback, entry.on_settled = entry.on_settled, None

@@ -132,6 +132,20 @@ class ReadJob(Job):
         if last:
             self._finish()
 
+    def settle_many(self, positions: Sequence[int], statuses: Sequence[Status]) -> None:
+        """As ``settle``, for several keys that are verified where they are hits."""
+        with self._lock:
+            if self.cancelled or not positions:
+                return
+            for position, status in zip(positions, statuses, strict=True):
+                if self._statuses[position] is Status.PENDING:
+                    self._statuses[position] = status
+                    self._verified[position] = status is Status.HIT
+                    self._unsettled -= 1
+            last = self._unsettled == 0
+        if last:
+            self._finish()
+
     @contextlib.contextmanager
     def delivering(self) -> Iterator[bool]:
         """Called by the store around every access to a destination; yields False when it must not be touched any more."""

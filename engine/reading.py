@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .blocks import BlockView, cut_spans
 from .contract import Status
 from .delivery import ReadRequest
+from .entry import Entry
 from .index_entry import IndexEntry
 from .jobs import ReadJob
 from .ranges import read_parts
 
 if TYPE_CHECKING:
     from .core import Core
+
+GROUP_BYTES = 8 << 20
+"""Buffer hits that are copied in one step, between one look at the buffer and one settlement: copying a block drives code out of the
+processor's caches, so what runs between two of them is slow. A deadline waits for one such step."""
+GROUP_BLOCKS_MAX = 256
 
 
 def read_blocks(
@@ -32,7 +38,9 @@ def read_blocks(
 
     ``part_start``: the destinations are for the bytes from there on, not for whole blocks.
     """
-    pending = [p for p in range(len(keys)) if not _serve_from_buffer(core, namespace, job, p, keys[p], outs[p], stream, part_start)]
+    pending: list[int] = []
+    for group in _groups(outs):
+        pending += _serve_from_buffer(core, namespace, job, group, keys, outs, stream, part_start)
     idents = [namespace + keys[position] for position in pending]
     found = core.find(idents) if pending else []
     requests = []
@@ -63,37 +71,61 @@ def _fits(size_bytes: int, out: BlockView, part_start: int | None) -> bool:
     return size_bytes == out.nbytes if part_start is None else part_start + out.nbytes <= size_bytes
 
 
+def _groups(outs: Sequence[BlockView]) -> Iterator[range]:
+    """Neighbouring positions that are served in one step: one large block, or several small ones."""
+    start, size_bytes = 0, 0
+    for position, out in enumerate(outs):
+        if position > start and (size_bytes + out.nbytes > GROUP_BYTES or position - start == GROUP_BLOCKS_MAX):
+            yield range(start, position)
+            start, size_bytes = position, 0
+        size_bytes += out.nbytes
+    if start < len(outs):
+        yield range(start, len(outs))
+
+
 def _serve_from_buffer(
-    core: Core, namespace: bytes, job: ReadJob, position: int, key: bytes, out: BlockView, stream: Any, part_start: int | None
-) -> bool:
-    """Settle a key that the buffer answers; False when the index has to be asked."""
-    ident = namespace + key
+    core: Core,
+    namespace: bytes,
+    job: ReadJob,
+    group: Sequence[int],
+    keys: Sequence[bytes],
+    outs: Sequence[BlockView],
+    stream: Any,
+    part_start: int | None,
+) -> list[int]:
+    """Settle the keys that the buffer answers; the positions of those for which the index has to be asked."""
+    idents = [namespace + keys[position] for position in group]
     if job.cancelled:
-        job.settle(position, Status.CANCELLED)
-        return True
-    entry = core.buffer.acquire(ident)
-    if entry is None:
-        if core.buffer.hides(ident):
-            job.settle(position, Status.MISS)
-            return True
-        return False
+        job.settle_many(group, [Status.CANCELLED] * len(group))
+        return []
+    start, now_ns = part_start or 0, core.clock.now_ns()
+    answered: list[int] = []
+    statuses: list[Status] = []
+    rest: list[int] = []
     try:
-        if entry.expires_at_ns and core.clock.now_ns() >= entry.expires_at_ns:
-            status = Status.EXPIRED
-        elif not _fits(entry.size_bytes, out, part_start):
-            status = Status.WRONG_SIZE
-        else:
-            status = Status.PENDING
-            with job.delivering() as allowed:
-                if allowed:
-                    start = part_start or 0
-                    out.copy_from_host(cut_spans(entry.spans, start, start + out.nbytes), stream)
-                    status = Status.HIT
+        with job.delivering() as allowed:
+            for position, ident, entry in zip(group, idents, core.buffer.acquire_many(idents), strict=True):
+                status = _status_of(core, ident, entry, now_ns, outs[position], part_start)
+                if status is None:
+                    rest.append(position)
+                    continue
+                if status is Status.HIT and entry is not None and allowed:
+                    outs[position].copy_from_host(cut_spans(entry.spans, start, start + outs[position].nbytes), stream)
+                answered.append(position)
+                statuses.append(status)
     finally:
         core.buffer.release()
-    if status is not Status.PENDING:
-        job.settle(position, status)
-    return True
+    job.settle_many(answered, statuses)
+    return rest
+
+
+def _status_of(core: Core, ident: bytes, entry: Entry | None, now_ns: int, out: BlockView, part_start: int | None) -> Status | None:
+    """What the buffer says of a key; ``None`` when it does not know."""
+    if entry is None:
+        return Status.MISS if core.buffer.hides(ident) else None
+    if entry.expires_at_ns and now_ns >= entry.expires_at_ns:
+        return Status.EXPIRED
+    return Status.HIT if _fits(entry.size_bytes, out, part_start) else Status.WRONG_SIZE
 
 
 def _request(
