@@ -30,6 +30,7 @@ from .arena import Bytes
 from .contract import Status
 from .delivery import STRIPES_PER_TASK, Delivery, ReadRequest, whole_pages
 from .jobs import ReadJob
+from .raw_delivery import deliver_whole, is_whole
 from .read_rate import ReadRate
 from .segments import SegmentTable
 from .stats import Counters
@@ -176,9 +177,7 @@ class Reader:
             self._release_slot(extent)
             self._settle(job, extent, Status.CANCELLED)
             return 0
-        for request in extent.requests:
-            complete = request.entry.offset + request.record_bytes <= extent.start + read_bytes
-            self._check_and_deliver(job, extent, request, complete, stream)
+        self._deliver(job, extent, read_bytes, stream)
         return sum(request.entry.stored_length for request in extent.requests)
 
     def _fill(self, job: ReadJob, extent: _Extent, file: DeviceFile, buffers: list[Any]) -> int | None:
@@ -233,20 +232,56 @@ class Reader:
 
     # --- completing ---------------------------------------------------------------------------------------------
 
-    def _check_and_deliver(self, job: ReadJob, extent: _Extent, request: ReadRequest, complete: bool, stream: Any) -> None:
+    def _deliver(self, job: ReadJob, extent: _Extent, read_bytes: int, stream: Any) -> None:
+        whole: list[tuple[ReadRequest, RecordHeader]] = []
+        others: list[tuple[ReadRequest, RecordHeader]] = []
+        for request in extent.requests:
+            complete = request.entry.offset + request.record_bytes <= extent.start + read_bytes
+            header = self._usable_header(job, extent, request, complete)
+            if header is not None:
+                (whole if is_whole(request, header) else others).append((request, header))
+        if whole:
+            self._deliver_whole(job, extent, whole)
+        for request, header in others:
+            self._deliver_stripes(job, extent, request, header, stream)
+
+    def _usable_header(self, job: ReadJob, extent: _Extent, request: ReadRequest, complete: bool) -> RecordHeader | None:
+        """The record's header; ``None`` where the request is over because of it."""
         try:
             header = self._checked_header(request, complete)
-            if header.raw_length != request.out.nbytes:
-                self._counters.add("wrong_size_reads")
-                self._done_with(extent)
-                job.settle(request.position, Status.WRONG_SIZE)
-                return
-            delivery = Delivery(job, request, header, stream, lambda error, verified: self._finish(job, extent, request, error, verified))
         except FormatError as error:
             self._finish(job, extent, request, error)
-            return
+            return None
         except Exception as defect:  # never leave a job without an answer
             self._finish(job, extent, request, CorruptRecord("unreadable-header", where=request.key.hex(), actual=repr(defect)))
+            return None
+        if header.raw_length == request.out.nbytes:
+            return header
+        self._counters.add("wrong_size_reads")
+        self._done_with(extent)
+        job.settle(request.position, Status.WRONG_SIZE)
+        return None
+
+    def _deliver_whole(self, job: ReadJob, extent: _Extent, items: list[tuple[ReadRequest, RecordHeader]]) -> None:
+        try:
+            errors = deliver_whole(job, items)
+        except Exception as defect:  # never leave a job without an answer
+            errors = [CorruptRecord("undeliverable", where=f"segment {extent.segment_id:016x}", actual=repr(defect))] * len(items)
+        good: list[ReadRequest] = []
+        for (request, _), error in zip(items, errors, strict=True):
+            if error is None:
+                good.append(request)
+            else:
+                self._finish(job, extent, request, error)
+        self._done_with(extent, len(good))
+        self._counters.add_many({"disk_hits": len(good), "disk_raw_bytes": sum(request.entry.raw_length for request in good)})
+        job.settle_many([request.position for request in good], [Status.HIT] * len(good))
+
+    def _deliver_stripes(self, job: ReadJob, extent: _Extent, request: ReadRequest, header: RecordHeader, stream: Any) -> None:
+        try:
+            delivery = Delivery(job, request, header, stream, lambda error, verified: self._finish(job, extent, request, error, verified))
+        except Exception as defect:  # never leave a job without an answer
+            self._finish(job, extent, request, CorruptRecord("undeliverable", where=request.key.hex(), actual=repr(defect)))
             return
         for group in delivery.groups[1:]:
             try:
@@ -278,9 +313,11 @@ class Reader:
         self._on_useless(request, error)
         job.settle(request.position, Status.CORRUPT)
 
-    def _done_with(self, extent: _Extent) -> None:
+    def _done_with(self, extent: _Extent, count: int = 1) -> None:
+        if not count:
+            return
         with self._lock:
-            extent.remaining -= 1
+            extent.remaining -= count
             last = extent.remaining == 0
         if last:
             self._release_slot(extent)

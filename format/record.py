@@ -83,9 +83,10 @@ _TYPES: dict[int, RecordType] = {int(kind): kind for kind in RecordType}
 _CODECS: dict[int, Codec] = {int(codec): codec for codec in Codec}
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class RecordHeader:
-    """The header page of a record as values; fields as in SPEC.md part 4. Immutable (do not write to ``stripes``)."""
+    """The header page of a record as values; fields as in SPEC.md part 4. Never change one: it is not frozen only because
+    every read makes one, and ``dataclasses`` takes four times as long to make a frozen one."""
 
     record_type: RecordType | int
     """An ``int`` only for an unknown type that may be skipped."""
@@ -159,18 +160,39 @@ class RecordHeader:
         Raises ``CorruptRecord`` (``check`` names the test) and, for an intact header that this version cannot
         interpret, ``UnsupportedFormat``.
         """
-        values = RECORD_TABLE.unpack_page(page, where=where)
-        _check_fixed(values, where)
-        values["stripes"] = _cut_stripes(values, where)
-        values["key"] = _cut_padded(values, "key", KEY_BYTES_MAX, where)
-        values["meta"] = _cut_padded(values, "meta", META_BYTES_MAX, where)
-        kind = values["record_type"] = _TYPES.get(values["type"], values["type"])
-        values["codec"] = _CODECS[values["codec"]]
-        header = cls(*[values[name] for name in cls.__slots__])
-        if values["payload_checksum"] != header.payload_checksum:
-            raise _corrupt("payload-checksum", where, f"{header.payload_checksum:016x}", f"{values['payload_checksum']:016x}")
-        if values["record_pages"] != header.record_pages:
-            raise _corrupt("record-pages", where, header.record_pages, values["record_pages"])
+        row = RECORD_TABLE.unpack_page(page, where=where)
+        _check_fixed(row, where)
+        kind = _TYPES.get(row.type, row.type)
+        header = cls(
+            record_type=kind,
+            store_uuid=row.store_uuid,
+            segment_id=row.segment_id,
+            offset=row.offset,
+            epoch=row.epoch,
+            version_seq=row.version_seq,
+            record_seq=row.record_seq,
+            synced_bytes=row.synced_bytes,
+            namespace=row.namespace,
+            key=_cut_padded("key", row.key, row.key_length, KEY_BYTES_MAX, where),
+            tag=row.tag,
+            parent=row.parent,
+            depth=row.depth,
+            element_size=row.element_size,
+            codec=_CODECS[row.codec],
+            flags=row.flags,
+            stripe_bytes=row.stripe_bytes,
+            raw_length=row.raw_length,
+            stored_length=row.stored_length,
+            written_at_ns=row.written_at_ns,
+            expires_at_ns=row.expires_at_ns,
+            raw_checksum=row.raw_checksum,
+            meta=_cut_padded("meta", row.meta, row.meta_length, META_BYTES_MAX, where),
+            stripes=_cut_stripes(row.stripes, row.stripe_count, where),
+        )
+        if row.payload_checksum != header.payload_checksum:
+            raise _corrupt("payload-checksum", where, f"{header.payload_checksum:016x}", f"{row.payload_checksum:016x}")
+        if row.record_pages != header.record_pages:
+            raise _corrupt("record-pages", where, header.record_pages, row.record_pages)
         _TYPE_CHECKS.get(kind, _check_unknown)(header, where)
         if header.stripes.size:
             _check_stripes(header, where)
@@ -191,41 +213,39 @@ def _corrupt(check: str, where: object, expected: object, actual: object) -> Cor
     return CorruptRecord(check, where=where, expected=expected, actual=actual)
 
 
-def _check_fixed(values: dict[str, Any], where: object) -> None:
+def _check_fixed(row: Any, where: object) -> None:
     """Ranges of the fields that mean the same in every type."""
-    if values["checksum_id"] != ChecksumId.XXH3_64:
+    if row.checksum_id != ChecksumId.XXH3_64:
         raise UnsupportedFormat(
-            "a record with an unknown checksum", where=where, expected=1, actual=values["checksum_id"], action="Use a newer kvlode."
+            "a record with an unknown checksum", where=where, expected=1, actual=row.checksum_id, action="Use a newer kvlode."
         )
-    if values["codec"] not in _CODECS:
-        raise UnsupportedFormat("a record with an unknown codec", where=where, actual=values["codec"], action="Use a newer kvlode.")
-    if values["element_size"] not in ELEMENT_SIZES:
-        raise _corrupt("element-size", where, ELEMENT_SIZES, values["element_size"])
-    if values["flags"] & ~FLAG_SKIPPABLE:
-        raise _corrupt("reserved", where, "no flag but bit 0", values["flags"])
-    if not 1 <= values["epoch"] <= EPOCH_MAX:
-        raise _corrupt("epoch", where, f"1 to {EPOCH_MAX}", values["epoch"])
-    offset = values["offset"]
+    if row.codec not in _CODECS:
+        raise UnsupportedFormat("a record with an unknown codec", where=where, actual=row.codec, action="Use a newer kvlode.")
+    if row.element_size not in ELEMENT_SIZES:
+        raise _corrupt("element-size", where, ELEMENT_SIZES, row.element_size)
+    if row.flags & ~FLAG_SKIPPABLE:
+        raise _corrupt("reserved", where, "no flag but bit 0", row.flags)
+    if not 1 <= row.epoch <= EPOCH_MAX:
+        raise _corrupt("epoch", where, f"1 to {EPOCH_MAX}", row.epoch)
+    offset = row.offset
     if offset % PAGE_BYTES or not PAGE_BYTES <= offset < SEGMENT_BYTES_MAX:
         raise _corrupt("own-offset", where, "a multiple of 4096, 4096 to 2^40", offset)
-    if values["synced_bytes"] > offset:
-        raise _corrupt("synced-bytes", where, f"at most {offset}", values["synced_bytes"])
-    if offset + PAGE_BYTES * values["record_pages"] > SEGMENT_BYTES_MAX:
-        raise _corrupt("record-pages", where, f"an end within {SEGMENT_BYTES_MAX}", values["record_pages"])
+    if row.synced_bytes > offset:
+        raise _corrupt("synced-bytes", where, f"at most {offset}", row.synced_bytes)
+    if offset + PAGE_BYTES * row.record_pages > SEGMENT_BYTES_MAX:
+        raise _corrupt("record-pages", where, f"an end within {SEGMENT_BYTES_MAX}", row.record_pages)
 
 
-def _cut_padded(values: dict[str, Any], name: str, size_max: int, where: object) -> bytes:
+def _cut_padded(name: str, area: bytes, length: int, size_max: int, where: object) -> bytes:
     """The used part of a zero-padded area."""
-    length, area = values[f"{name}_length"], values[name]
     if length > size_max:
         raise _corrupt(f"{name}-length", where, f"at most {size_max}", length)
     if area[length:] != bytes(len(area) - length):
         raise _corrupt("reserved", where, f"zeros behind the {name}", area[length:].hex()[:64])
-    return bytes(area[:length])
+    return area[:length]
 
 
-def _cut_stripes(values: dict[str, Any], where: object) -> Stripes:
-    count, area = values["stripe_count"], values["stripes"]
+def _cut_stripes(area: bytes, count: int, where: object) -> Stripes:
     if count > STRIPES_MAX:
         raise _corrupt("stripe-count", where, f"at most {STRIPES_MAX}", count)
     used = count * STRIPE_DTYPE.itemsize
@@ -327,11 +347,16 @@ def _check_stripes(header: RecordHeader, where: object) -> None:
 
 def _stored_as_they_are(header: RecordHeader) -> bool:
     """Whether a raw record's stripes are all as they must be. What the loop over them would find, in a few steps: reads wait for it."""
+    if header.stored_length != header.raw_length:
+        return False
+    if len(header.stripes) == 1:
+        return bool(header.stripes.item(0)[:5] == (header.raw_length, *_AS_IT_IS))
     rows = header.stripes.view(np.uint8).reshape(len(header.stripes), STRIPE_DTYPE.itemsize)
     lengths = header.stripes["stored_length"].tolist()
     last_bytes = stripe_raw_bytes(header.raw_length, header.stripe_bytes, len(lengths) - 1)
     same = lengths[-1] == last_bytes and lengths.count(header.stripe_bytes) - (last_bytes == header.stripe_bytes) == len(lengths) - 1
-    return same and header.stored_length == header.raw_length and not rows[:, _AFTER_LENGTH].any()
+    return same and not rows[:, _AFTER_LENGTH].any()
 
 
+_AS_IT_IS = (0, int(Codec.RAW), 0, b"")
 _AFTER_LENGTH = slice(STRIPE_TABLE.offsets["first_plane_length"], STRIPE_TABLE.offsets["checksum"])

@@ -235,15 +235,15 @@ class Trailer:
     @classmethod
     def parse(cls, page: Buffer, *, where: object = None) -> Trailer:
         """Raises ``CorruptRecord`` for anything but an intact trailer, ``UnsupportedFormat`` for a newer version."""
-        values = TRAILER_TABLE.unpack_page(page, where=where)
-        trailer = cls(**{name: values[name] for name in cls.__slots__})
+        row = TRAILER_TABLE.unpack_page(page, where=where)
+        trailer = cls(**{name: getattr(row, name) for name in cls.__slots__})
         data_end = trailer.data_end
         if data_end % PAGE_BYTES or not PAGE_BYTES <= data_end < SEGMENT_BYTES_MAX:
             raise CorruptRecord("data-end", where=where, expected="a multiple of 4096, 4096 to 2^40", actual=data_end)
         if not TOC_TABLE.size_bytes <= trailer.toc_bytes <= SEGMENT_BYTES_MAX or trailer.file_bytes > SEGMENT_BYTES_MAX:
             raise CorruptRecord("toc-bytes", where=where, expected="64 to 2^40, inside the file", actual=trailer.toc_bytes)
-        if values["toc_offset"] != trailer.toc_offset:
-            raise CorruptRecord("toc-offset", where=where, expected=trailer.toc_offset, actual=values["toc_offset"])
+        if row.toc_offset != trailer.toc_offset:
+            raise CorruptRecord("toc-offset", where=where, expected=trailer.toc_offset, actual=row.toc_offset)
         if trailer.synced_bytes > data_end:
             raise CorruptRecord("synced-bytes", where=where, expected=f"at most {data_end}", actual=trailer.synced_bytes)
         return trailer
@@ -322,15 +322,15 @@ def _parse_toc_header(data: bytes, where: object) -> tuple[int, int]:
     """Record count and heap length; both are at most what ``data`` can hold."""
     if len(data) < TOC_TABLE.size_bytes or data[:8] != TOC_MAGIC:
         raise CorruptRecord("magic", where=where, expected=TOC_MAGIC.hex(), actual=data[:8].hex())
-    values = TOC_TABLE.unpack(data[: TOC_TABLE.size_bytes], where=where)
-    if values["version"] > FORMAT_VERSION:
+    row = TOC_TABLE.unpack(data[: TOC_TABLE.size_bytes], where=where)
+    if row.version > FORMAT_VERSION:
         raise UnsupportedFormat(
-            "a table of contents of a newer format", where=where, actual=values["version"], action="Use a newer kvlode."
+            "a table of contents of a newer format", where=where, actual=row.version, action="Use a newer kvlode."
         )
-    shape = (values["version"], values["header_bytes"], values["column_count"])
+    shape = (row.version, row.header_bytes, row.column_count)
     if shape != (FORMAT_VERSION, TOC_TABLE.size_bytes, len(COLUMNS)):
         raise CorruptRecord("toc-header", where=where, expected=(FORMAT_VERSION, TOC_TABLE.size_bytes, len(COLUMNS)), actual=shape)
-    count, heap_bytes = values["record_count"], values["heap_bytes"]
+    count, heap_bytes = row.record_count, row.heap_bytes
     if count > min(SEGMENT_RECORDS_MAX, len(data) // _ROW_DTYPE.itemsize) or heap_bytes > len(data):
         raise CorruptRecord("toc-counts", where=where, expected=f"what fits {len(data)} bytes", actual=(count, heap_bytes))
     return count, heap_bytes

@@ -54,19 +54,19 @@ class SegmentHeader:
     @classmethod
     def parse(cls, page: Buffer, *, where: object = None) -> SegmentHeader:
         """Raises ``CorruptRecord`` for damage, ``UnsupportedFormat`` for a newer version."""
-        values = SEGMENT_TABLE.unpack_page(page, where=where)
-        if values["flags"]:
-            raise CorruptRecord("reserved", where=where, expected="no flags", actual=values["flags"])
-        size = values["segment_bytes"]
+        row = SEGMENT_TABLE.unpack_page(page, where=where)
+        if row.flags:
+            raise CorruptRecord("reserved", where=where, expected="no flags", actual=row.flags)
+        size = row.segment_bytes
         if size % PAGE_BYTES or not SEGMENT_BYTES_MIN <= size <= SEGMENT_BYTES_MAX:
             raise CorruptRecord("segment-bytes", where=where, expected="a multiple of 4096, 12288 to 2^40", actual=size)
-        if not 1 <= values["epoch"] <= EPOCH_MAX:
-            raise CorruptRecord("epoch", where=where, expected=f"1 to {EPOCH_MAX}", actual=values["epoch"])
-        if values["first_live_segment"] > values["segment_id"]:
+        if not 1 <= row.epoch <= EPOCH_MAX:
+            raise CorruptRecord("epoch", where=where, expected=f"1 to {EPOCH_MAX}", actual=row.epoch)
+        if row.first_live_segment > row.segment_id:
             raise CorruptRecord(
-                "first-live-segment", where=where, expected=f"at most {values['segment_id']}", actual=values["first_live_segment"]
+                "first-live-segment", where=where, expected=f"at most {row.segment_id}", actual=row.first_live_segment
             )
-        return cls(**{name: values[name] for name in cls.__slots__})
+        return cls(**{name: getattr(row, name) for name in cls.__slots__})
 
     @classmethod
     def derived(cls, *, store_uuid: bytes, segment_id: int, epoch: int, size_bytes: int, created_at_ns: int) -> SegmentHeader:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from .bytetable import Field, PageTable, magic
 from .checksum import Buffer
@@ -74,8 +75,8 @@ class Superblock:
                 actual=data[:8].hex() or "an empty file",
                 action="Name a new or empty folder, or the folder of a store.",
             )
-        values = SUPERBLOCK_TABLE.unpack_page(data, where=where)
-        if unknown := values["incompat"] & ~INCOMPAT_KNOWN:
+        row = SUPERBLOCK_TABLE.unpack_page(data, where=where)
+        if unknown := row.incompat & ~INCOMPAT_KNOWN:
             raise UnsupportedFormat(
                 "the store uses features this version does not know",
                 where=where,
@@ -83,17 +84,17 @@ class Superblock:
                 actual=f"{unknown:#x} besides",
                 action="Use a newer kvlode.",
             )
-        _check_values(values, where)
-        return cls(**{name: values[name] for name in cls.__slots__})
+        _check_row(row, where)
+        return cls(**{name: getattr(row, name) for name in cls.__slots__})
 
 
-def _check_values(values: dict[str, int], where: object) -> None:
-    stripe_bytes = values["stripe_bytes_default"]
-    if values["write_version"] < 1:
-        raise CorruptRecord("write-version", where=where, expected="version >= 1", actual=values["write_version"])
-    if values["alignment_log2"] != ALIGNMENT_LOG2:
-        raise CorruptRecord("alignment", where=where, expected=ALIGNMENT_LOG2, actual=values["alignment_log2"])
+def _check_row(row: Any, where: object) -> None:
+    stripe_bytes = row.stripe_bytes_default
+    if row.write_version < 1:
+        raise CorruptRecord("write-version", where=where, expected="version >= 1", actual=row.write_version)
+    if row.alignment_log2 != ALIGNMENT_LOG2:
+        raise CorruptRecord("alignment", where=where, expected=ALIGNMENT_LOG2, actual=row.alignment_log2)
     if stripe_bytes % PAGE_BYTES or not PAGE_BYTES <= stripe_bytes <= BLOCK_BYTES_MAX:
         raise CorruptRecord("stripe-bytes", where=where, expected="a multiple of 4096, at most 2^30", actual=stripe_bytes)
-    if not any(values["store_uuid"]):  # type: ignore[arg-type]
+    if not any(row.store_uuid):  # type: ignore[arg-type]
         raise CorruptRecord("store-uuid", where=where, expected="a uuid", actual="zeros")
