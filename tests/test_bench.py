@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,30 +13,19 @@ from rich.console import Console
 
 from kvlode import InvalidConfig, NoSpace
 from kvlode.engine.config import StoreConfig
-from kvlode.tools.bench import ITEMS, run_bench
+from kvlode.tools.bench import ITEMS, drive_read, drive_write, fio, run_bench
+from kvlode.tools.bench.amplification import Written, drive_write_bytes
 from kvlode.tools.bench.bare import replay_reads, replay_writes, touched_memory
-from kvlode.tools.bench.codecs import synthetic_kv
-from kvlode.tools.bench.drive import warm
 from kvlode.tools.bench.figures import Bar, Item, abba, quartiles_of, ratio_item, skipped_item, value_item
 from kvlode.tools.bench.machine import check_free_space, machine_facts
-from kvlode.tools.bench.workload import Blocks, bench_key, bench_namespace, check_blocks, opened, tracing_device
+from kvlode.tools.bench.read_arms import Destinations, Order, ReadArms, StoredBlocks, warm
+from kvlode.tools.bench.setting import Setting
+from kvlode.tools.bench.sizes import SIZES, blocks_of_size, name_of_size
+from kvlode.tools.bench.trace import Operation, Trace
+from kvlode.tools.bench.workload import DISTINCT_BYTES, Blocks, bench_key, bench_namespace, check_blocks, opened, tracing_device
+from kvlode.tools.bench.write_arms import WriteArms
 
 MIB = 1 << 20
-FIGURES = {
-    *("write_raw", "write_raw.fresh", "read_raw.aligned", "read_raw.tensors", "dram_get"),
-    *("compression.ratio", "codec.encode", "codec.decode"),
-    *(
-        "match_1m.present",
-        "match_1m.absent",
-        "lookup_nowait_1m.p50",
-        "lookup_nowait_1m.p99",
-        "reopen_1m.clean",
-        "reopen_1m.killed",
-        "memory_beyond_buffer",
-    ),
-}
-
-
 # --- figures -----------------------------------------------------------------------------------------------------
 
 
@@ -146,9 +137,141 @@ def test_the_bare_loop_repeats_the_writes_and_reads_of_a_store(tmp_path: Path) -
     assert replay_reads(read, memory, threads=4) > 0
 
 
-def test_synthetic_blocks_are_the_same_in_every_run() -> None:
-    assert np.array_equal(synthetic_kv(1 << 16), synthetic_kv(1 << 16))
+def test_the_bare_loop_reads_every_place_once_and_cuts_up_what_the_device_cuts_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "1.seg"
+    path.write_bytes(bytes(40 * MIB))
+    trace = Trace([Operation("read", 0, "t", offset, length) for offset, length in ((0, 20 * MIB), (20 * MIB, 4096))], [str(path)])
+    trace.in_flight_max = 2
+    seen: list[tuple[int, int]] = []
+    preadv = os.preadv
+
+    def noting(descriptor: int, views: list[memoryview], offset: int) -> int:
+        seen.append((offset, sum(map(len, views))))
+        return preadv(descriptor, views, offset)
+
+    monkeypatch.setattr(os, "preadv", noting)
+    replay_reads(trace, touched_memory(32 * MIB), threads=3)
+    assert sorted(seen) == [(start * MIB, 4 * MIB) for start in range(0, 20, 4)] + [(20 * MIB, 4096)]
+
+
+def test_the_depth_of_a_trace_is_that_of_the_measured_part(tmp_path: Path) -> None:
+    with tracing_device(str(tmp_path), StoreConfig(gds="off")) as device:
+        for _ in range(3):
+            device.began(4096)
+        for _ in range(2):
+            device.ended(4096, write=True)
+        trace = device.begin()
+        assert (trace.in_flight_max, trace.in_flight_bytes_max) == (1, 4096)
+        device.began(8192)
+        device.ended(8192, write=False)
+        assert (trace.in_flight_max, trace.in_flight_bytes_max) == (2, 12288)
+
+
+def test_keys_with_another_salt_are_other_keys() -> None:
     assert bench_key(1) != bench_key(2) != bench_key(1, salt="absent")
+
+
+# --- the arms ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def setting(tmp_path: Path) -> Setting:
+    return Setting(str(tmp_path), size_bytes=4 * MIB, rounds=2, quick=True, console=_quiet())
+
+
+def test_a_write_round_counts_its_bytes_and_its_processor_time_and_leaves_no_store(setting: Setting, tmp_path: Path) -> None:
+    blocks = Blocks(16, MIB // 4)
+    arms = WriteArms(setting, blocks)
+    arms.prepare()
+    assert arms.rounds == [] and arms.trace.total_bytes("write") >= blocks.total_bytes
+    assert arms.store(0) > 0 and arms.bare(0) > 0
+    (done,) = arms.rounds
+    assert done.seconds > 0 and done.cpu_s > 0 and arms.stored_ratio == 1
+    assert done.written.process_bytes == 0 or done.written.process_bytes >= blocks.total_bytes  # 0: a file system in memory
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("order", ["prefix", "random"])
+def test_a_read_round_delivers_every_block_to_a_new_place(setting: Setting, order: Order, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = Blocks(40, 16 << 10)
+    stored = StoredBlocks.write(setting, blocks, "read")
+    arms = ReadArms(setting, stored, Destinations.aligned(blocks), order)
+    monkeypatch.setattr("kvlode.tools.bench.read_arms.warm", lambda read_bytes, stored_bytes: None)
+    offsets = []
+    for number in range(2):
+        assert arms.store(number) > 0 and arms.bare(number) > 0
+        offsets.append([(operation.file, operation.offset) for operation in arms.trace.of_kind("read")])
+    assert arms.void is None and len(arms.cpu_s) == 2
+    assert stored.ratio == 1 and arms.trace.total_bytes("read") >= blocks.total_bytes
+    if order == "random":
+        assert len(offsets[0]) > 3 and offsets[0] != offsets[1]
+
+
+def test_a_block_that_is_missing_voids_the_reads(setting: Setting) -> None:
+    blocks = Blocks(8, 16 << 10)
+    stored = StoredBlocks.write(setting, blocks, "read")
+    with opened(stored.path, **stored.options) as store:
+        store.namespace(blocks.namespace).delete([blocks.keys[3]])
+    arms = ReadArms(setting, stored, Destinations.aligned(blocks), "prefix")
+    arms.prepare()
+    assert arms.void == "7 of 8 blocks came back as they were put"
+
+
+def test_every_size_has_a_name_and_blocks_that_fit_into_memory(setting: Setting) -> None:
+    assert [name_of_size(size) for size in SIZES] == ["64KiB", "256KiB", "1MiB", "16MiB", "128MiB"]
+    assert blocks_of_size(setting, MIB).count == 4 and blocks_of_size(setting, 16 * MIB).count == 2
+    assert Blocks(3, DISTINCT_BYTES // 2).distinct == 2
+
+
+def test_a_name_of_several_groups_gives_only_its_part(setting: Setting) -> None:
+    assert [item.name for item in drive_write.measure(setting, {"cpu_per_gb"})] == ["cpu_per_gb.write"]
+    assert [item.name for item in drive_read.measure(setting, {"cpu_per_gb"})] == ["cpu_per_gb.read"]
+
+
+def test_amplification_is_void_when_the_kernel_counted_too_little(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Written, "now", classmethod(lambda cls, folder: Written(0, None)))
+    (item,) = drive_write.measure(setting, {"write_amplification"})
+    assert (item.name, item.state) == ("write_amplification", "void") and item.reason is not None and "did not count" in item.reason
+
+
+def test_a_drive_is_found_by_its_numbers_and_not_by_its_place_in_the_list() -> None:
+    lines = " 259 0 nvme0n1 1 2 3 4 5 6 100 8 9\n 259 1 nvme0n1p1 1 2 3 4 5 6 40 8 9\n 7 0 loop0 1\n"
+    assert drive_write_bytes(lines, os.makedev(259, 1)) == 40 * 512
+    assert drive_write_bytes(lines, os.makedev(7, 0)) is None
+    assert drive_write_bytes(lines, os.makedev(0, 45)) is None
+    assert Written(10, 7).since(Written(4, 2)) == Written(6, 5)
+    assert Written(10, None).since(Written(4, 2)) == Written(6, None)
+
+
+# --- fio -----------------------------------------------------------------------------------------------------------
+
+FAKE_FIO = """#!/bin/sh
+printf '%s\\n' "$@" > "{log}"
+echo 'note: something before the object'
+echo '{{"jobs": [{{"read": {{"bw_bytes": 3000000000}}, "write": {{"bw_bytes": 0}}}}]}}'
+"""
+
+
+def _read_trace() -> Trace:
+    return Trace([Operation("read", 0, "t", 0, 69632), Operation("read", 1, "t", 0, 69632)], ["/s/1.seg", "/s/2.seg"], in_flight_max=10)
+
+
+def test_fio_is_asked_for_the_same_requests(setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, log = tmp_path / "fio", tmp_path / "log"
+    program.write_text(FAKE_FIO.format(log=log))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert fio.read_rate(_read_trace(), setting, "randread") == 3.0
+    words = log.read_text().split()
+    assert {"--bs=69632", "--iodepth=10", "--rw=randread", "--direct=1", "--readonly", "--filename=/s/1.seg:/s/2.seg"} <= set(words)
+    program.write_text("#!/bin/sh\nexit 1\n")
+    assert fio.read_rate(_read_trace(), setting, "read") is None
+
+
+def test_without_fio_there_is_no_figure_of_it(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert fio.read_rate(_read_trace(), setting, "read") is None
+    assert fio.write_rate(Trace(), setting) is None
 
 
 # --- the whole -----------------------------------------------------------------------------------------------------
@@ -158,29 +281,54 @@ def _quiet() -> Console:
     return Console(quiet=True)
 
 
+DRIVE_ITEMS = ("write_raw", "read_raw", "read_prefix", "read_small", "write_amplification", "cpu_per_gb", "dram_get")
+DRIVE_FIGURES = {
+    *("write_raw", "write_raw.fresh", "write_raw.64KiB", "write_raw.1MiB", "write_amplification", "cpu_per_gb.write", "cpu_per_gb.read"),
+    *("read_raw.aligned", "read_raw.tensors", "read_raw.1MiB", "read_prefix", "read_prefix.64KiB", "read_small.64KiB", "dram_get"),
+}
+
+
 def test_a_quick_run_answers_with_one_object_and_leaves_nothing_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "bench"
-    code = run_bench(folder, as_json=True, quick=True, console=_quiet())
+    code = run_bench(folder, as_json=True, only=DRIVE_ITEMS, quick=True, console=_quiet())
     answer = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(answer) == {"machine", "settings", "items", "elapsed_s"}
     items = {item["name"]: item for item in answer["items"]}
-    assert set(items) == FIGURES
+    assert set(items) == DRIVE_FIGURES
     assert set(answer["machine"]) == set(machine_facts(str(tmp_path)))
     for name, item in items.items():
-        assert item["state"] in ("ok", "unresolved", "skipped") or "not cold" in item["reason"], (name, item)
-        if item["state"] != "skipped":
-            assert item["value"] > 0 and item["rounds"] >= 1, (name, item)
-            assert (item["ok"] is None) == (item["bar"] is None), (name, item)
+        _check_item(name, item)
     paths = items["read_raw.aligned"]["facts"]["io_bytes"]
     assert sum(paths.values()) >= answer["settings"]["size_bytes"] and set(paths) <= {"o_direct", "buffered", "gds", "cufile-compat"}
     assert code == int(any(item["state"] == "void" for item in items.values()))
     assert not folder.exists()
 
 
+def _check_item(name: str, item: dict[str, Any]) -> None:
+    """Measured, or with a reason; a file system in memory has no drive whose counters could prove anything."""
+    assert item["state"] in ("ok", "unresolved", "skipped") or "not cold" in item["reason"] or "did not count" in item["reason"], (
+        name,
+        item,
+    )
+    if item["state"] != "skipped":
+        assert item["value"] > 0 and item["rounds"] >= 1, (name, item)
+        assert (item["ok"] is None) == (item["bar"] is None or item["state"] == "void"), (name, item)
+
+
+@pytest.mark.slow
+def test_every_item_gives_a_figure_or_says_why_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_bench(tmp_path, as_json=True, quick=True, console=_quiet())
+    items = {item["name"]: item for item in json.loads(capsys.readouterr().out.splitlines()[-1])["items"]}
+    assert {name.split(".")[0] for name in items} == set(ITEMS)
+    for name, item in items.items():
+        _check_item(name, item)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_chosen_items_are_measured_and_shown_as_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_bench(tmp_path, only=["compression"], quick=True, console=_quiet()) == 0
+    assert run_bench(tmp_path, only=["dram_get"], quick=True, console=_quiet()) == 0
     shown = capsys.readouterr().out
-    assert "codec.encode" in shown and "write_raw" not in shown
+    assert "dram_get" in shown and "write_raw" not in shown
     assert list(tmp_path.iterdir()) == []
 
 

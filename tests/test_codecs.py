@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import make_vectors
 import spec_reader
-from kvlode.format import codec as codec_module
+from kvlode.format import frames
 from kvlode.format.checksum import xxh3_64
 from kvlode.format.codec import EncodedStripe, choose_codec, decode_stripe, encode_stripe
 from kvlode.format.errors import CorruptRecord
@@ -338,7 +338,7 @@ def test_a_frame_that_is_not_exactly_one_with_the_right_content_is_refused_befor
     entry: StripeEntry = (len(frame), 0, int(Codec.ZSTD), 0, b"", xxh3_64(frame))
     with pytest.raises(CorruptRecord):
         decoded(frame, entry, CONTENT_BYTES, 1)
-    assert codec_module._contexts.decompressor.memory_size() < MEMORY_BYTES_MAX
+    assert frames._contexts.decompressor.memory_size() < MEMORY_BYTES_MAX
     assert decoded_by_the_text(frame, entry, CONTENT_BYTES, 1) is None, "the second reader accepts what kvlode refuses"
 
 

@@ -1,73 +1,74 @@
-"""Compression of blocks like a KV cache: what it saves, and what a core does of it against a copy."""
+"""Compression of real KV: what it saves, and what one core does of it, also against a copy."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 
-from ...format.codec import EncodedStripe, decode_stripe, encode_stripe
-from ...format.layout import STRIPE_BYTES_DEFAULT, Codec
-from ...gds.buffers import ByteArray
-from .figures import Item, abba, ratio_item, value_item
+from ...gds.buffers import aligned_array
+from . import real_kv
+from .codec_rates import CodecRates
+from .figures import Bar, Item, abba, ratio_item, skipped_item, value_item
+from .real_kv import BFLOAT16, FLOAT8, RealKv
 from .setting import Setting
-from .workload import MIB
+from .workload import Blocks
 
-SEED = 7
-CHANNELS = 128
-ELEMENT_BYTES = 2
-DATA_NOTE = "synthetic: bf16, normal with a scale per channel"
-
-
-def synthetic_kv(size_bytes: int, seed: int = SEED) -> ByteArray:
-    """Bytes of bf16 numbers that compress like a KV cache: normal, each of 128 channels with a scale of its own."""
-    generator = np.random.default_rng(seed)
-    scales = np.exp(generator.normal(0.0, 0.8, CHANNELS)).astype(np.float32)
-    rows = size_bytes // (CHANNELS * ELEMENT_BYTES)
-    values = generator.standard_normal((rows, CHANNELS), dtype=np.float32) * scales
-    upper = (values.view(np.uint32) >> 16).astype("<u2")
-    return np.ascontiguousarray(upper).reshape(-1).view(np.uint8)
+NAMES = ("compression_ratio", "codec_core")
+RATIO_BAR = Bar(1.45, "at least")
+ENCODE_BAR = Bar(0.8, "at least")
+DECODE_BAR = Bar(1.6, "at least")
 
 
-def measure_codecs(setting: Setting) -> list[Item]:
-    """``compression.ratio`` in stored bytes, ``codec.encode`` and ``codec.decode`` on one thread against ``numpy.copyto``."""
-    data = synthetic_kv(2 * MIB if setting.quick else 64 * MIB)
-    stripes = [data[start : start + STRIPE_BYTES_DEFAULT] for start in range(0, data.size, STRIPE_BYTES_DEFAULT)]
-    encoded = [_encode(stripe) for stripe in stripes]
-    stored = [np.concatenate([np.frombuffer(part, dtype=np.uint8) for part in stripe.parts]) for stripe in encoded]
-    decoded = np.zeros_like(data)
-    copied = np.zeros_like(data)
-    outs = [decoded[start : start + STRIPE_BYTES_DEFAULT] for start in range(0, data.size, STRIPE_BYTES_DEFAULT)]
+def measure(setting: Setting, wanted: set[str]) -> list[Item]:
+    """``compression_ratio`` of bfloat16 and ``compression_ratio.fp8``; ``codec_core.encode`` and ``.decode`` in GB/s of one core,
+    and ``codec_core.encode_memcpy`` and ``.decode_memcpy`` as a part of what a copy of the same bytes reaches."""
+    kv = real_kv.real_kv(setting)
+    if isinstance(kv, str):
+        return [skipped_item(name, kv) for name in NAMES if name in wanted]
+    blocks = kv.blocks(BFLOAT16, 0)
+    rates = CodecRates(blocks, threads=1)
+    items: list[Item] = []
+    if "compression_ratio" in wanted:
+        items.append(_ratio_item("compression_ratio", kv, blocks, rates, RATIO_BAR))
+        float8 = kv.blocks(FLOAT8, 0)
+        items.append(_ratio_item("compression_ratio.fp8", kv, float8, CodecRates(float8, threads=1), None))
+    if "codec_core" in wanted:
+        items += _core_items(setting, kv, blocks, rates)
+    return items
+
+
+def _ratio_item(name: str, kv: RealKv, blocks: Blocks, rates: CodecRates, bar: Bar | None) -> Item:
+    rates.decode_rate()
+    facts = {**kv.facts(blocks), "codec": str(rates.codec.name).lower()}
+    return value_item(name, [rates.ratio], unit="raw/stored", bar=bar, facts=facts, void=rates.differs())
+
+
+def _core_items(setting: Setting, kv: RealKv, blocks: Blocks, rates: CodecRates) -> list[Item]:
+    copied = aligned_array(blocks.memory.size).reshape(blocks.memory.shape)
 
     def copy_arm(_: int) -> float:
         started = time.perf_counter()
-        np.copyto(copied, data)
-        return data.size / (time.perf_counter() - started) / 1e9
+        np.copyto(copied, blocks.memory)
+        return blocks.memory.size / (time.perf_counter() - started) / 1e9
 
-    def encode_arm(_: int) -> float:
-        started = time.perf_counter()
-        for stripe in stripes:
-            _encode(stripe)
-        return data.size / (time.perf_counter() - started) / 1e9
-
-    def decode_arm(_: int) -> float:
-        started = time.perf_counter()
-        for part, stripe, out in zip(stored, encoded, outs, strict=True):
-            decode_stripe(part, stripe.entry, out, ELEMENT_BYTES)
-        return data.size / (time.perf_counter() - started) / 1e9
-
-    decode_arm(0)
-    void = None if np.array_equal(decoded, data) else "decoded bytes differ from what was encoded"
-    facts = {"data": DATA_NOTE}
-    ratio = data.size / sum(stripe.stored_length for stripe in encoded)
-    encode_rates = abba(setting.rounds, setting.step("codec.encode", encode_arm), copy_arm)
-    decode_rates = abba(setting.rounds, setting.step("codec.decode", decode_arm), copy_arm)
-    return [
-        value_item("compression.ratio", [ratio], unit="raw/stored", bar=None, facts=facts, void=void),
-        ratio_item("codec.encode", *encode_rates, bar=None, facts=facts, void=void),
-        ratio_item("codec.decode", *decode_rates, bar=None, facts=facts, void=void),
-    ]
+    copy_arm(0)
+    rates.decode_rate()
+    facts, void = kv.facts(blocks), rates.differs()
+    items = []
+    for name, rate, bar in (("encode", rates.encode_rate, ENCODE_BAR), ("decode", rates.decode_rate, DECODE_BAR)):
+        arms = setting.step(f"codec_core.{name}", _arm(rate)), copy_arm
+        codec_rates, copy_rates = abba(setting.rounds, *arms)
+        items.append(value_item(f"codec_core.{name}", codec_rates, unit="GB/s", bar=bar, facts=facts, void=void))
+        items.append(ratio_item(f"codec_core.{name}_memcpy", codec_rates, copy_rates, bar=None, facts=facts, void=void))
+    return items
 
 
-def _encode(stripe: ByteArray) -> EncodedStripe:
-    return encode_stripe(stripe, Codec.PLANES_ZSTD, ELEMENT_BYTES)
+def _arm(rate: Callable[[], float]) -> Callable[[int], float]:
+    return lambda _: rate()
+
+
+def needed_bytes(setting: Setting) -> int:
+    """Free space that these items need."""
+    return real_kv.needed_bytes(setting)

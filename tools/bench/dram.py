@@ -11,18 +11,18 @@ from ...gds.buffers import aligned_array
 from .figures import Bar, Item, abba, ratio_item, skipped_item
 from .machine import available_memory_bytes, last_level_cache_bytes
 from .setting import Setting
-from .workload import MIB, Blocks, bench_namespace, check_blocks, opened
+from .workload import MIB, Blocks, check_blocks, opened
 
-DRAM_BAR = Bar(0.7, "at least")
+NAMES = ("dram_get",)
+DRAM_BAR = Bar(0.9, "at least")
 CACHE_TIMES = 4
 MEMORIES = 4
 """The buffer, the destinations, the bare loop's source, and room to breathe."""
 
 
-def measure_dram(setting: Setting) -> list[Item]:
+def measure(setting: Setting, _: set[str]) -> list[Item]:
     """``dram_get``: every block once a round, so that neither arm finds source or destination in the processor's cache."""
-    wanted_bytes = CACHE_TIMES * last_level_cache_bytes() + setting.block_bytes if not setting.quick else 8 * setting.block_bytes
-    count = max(4, -(-wanted_bytes // setting.block_bytes))
+    count = _block_count(setting)
     if MEMORIES * count * setting.block_bytes > available_memory_bytes():
         needed_gib = MEMORIES * count * setting.block_bytes / 2**30
         return [skipped_item("dram_get", f"needs {needed_gib:.1f} GiB of free memory to stay out of the processor's cache")]
@@ -36,7 +36,7 @@ def measure_dram(setting: Setting) -> list[Item]:
     buffer_bytes = data_bytes + 64 * MIB
     with opened(path, capacity=3 * data_bytes + 512 * MIB, buffer=buffer_bytes, codec="raw") as store:
         blocks.put_all(store)
-        space = store.namespace(bench_namespace(setting.block_bytes))
+        space = store.namespace(blocks.namespace)
 
         def store_arm(number: int) -> float:
             numbers = [(position + number) % count for position in range(count)]
@@ -64,3 +64,13 @@ def measure_dram(setting: Setting) -> list[Item]:
     shutil.rmtree(path)
     facts = {"bytes": data_bytes, "block_bytes": setting.block_bytes}
     return [ratio_item("dram_get", *rates, bar=DRAM_BAR, facts=facts, void=voids[0] if voids else None)]
+
+
+def _block_count(setting: Setting) -> int:
+    wanted_bytes = CACHE_TIMES * last_level_cache_bytes() + setting.block_bytes if not setting.quick else 8 * setting.block_bytes
+    return max(4, -(-wanted_bytes // setting.block_bytes))
+
+
+def needed_bytes(setting: Setting) -> int:
+    """Free space for the store: its blocks are written too."""
+    return _block_count(setting) * setting.block_bytes + (1024 * MIB if not setting.quick else 256 * MIB)

@@ -1,177 +1,205 @@
-"""A store with a million keys: how long a lookup takes, how long opening takes after a clean close and after a kill, how much memory."""
+"""What depends on the number of keys: lookups among a million and ten million, and who else uses the stores made for that."""
 
 from __future__ import annotations
 
-import json
-import shutil
-import subprocess
-import sys
+import statistics
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ...engine.contract import BlockSpace, Status
-from ...format.errors import KvlodeError
-from .figures import Bar, Item, value_item
-from .page_cache import forget_pages
+from ...engine.store import DiskStore
+from .figures import Bar, Item, abba, value_item
+from .keys_store import BYTES_A_KEY, INDEX_BYTES_A_KEY, KeysStore
+from .memory_use import memory_item
+from .page_cache import fetch_pages, forget_pages
+from .rebuild import KILLED_SURPLUS_KEYS, killed_rounds, measure_rebuild, measure_reopening
 from .setting import Setting
-from .workload import MIB, SMALL_BLOCK_BYTES, bench_key, bench_namespace, opened
+from .stalls import NAME as STALLS
+from .stalls import Stalls, flush_bytes_max
+from .workload import MIB, SMALL_BLOCK_BYTES, bench_key, bench_namespace
 
-MATCH_BAR = Bar(6.0, "at most")
-CLEAN_BAR = Bar(1.0, "at most")
-KILLED_BAR = Bar(3.0, "at most")
-MEMORY_BAR = Bar(512.0, "at most")
-MATCH_KEYS = 4096
+PRESENT_BAR = Bar(4.0, "at most")
+ABSENT_BAR = Bar(1.5, "at most")
+MANY_BAR = Bar(2.0, "at most")
+MEMORY_BAR = Bar(200.0, "at most")
+MANY_MEMORY_BAR = Bar(400.0, "at most")
 NOWAIT_BAR = Bar(1.0, "at most")
+MATCH_KEYS = 4096
 NOWAIT_KEYS = 128
 NOWAIT_REQUESTS = 200
-KILLED_ROUNDS = 5
-KILLED_SURPLUS_KEYS = 20_000
-BYTES_A_KEY = 8192
-NAMES = ("match_1m", "lookup_nowait_1m", "reopen_1m", "memory_beyond_buffer")
+MANY_TIMES = 10
+NAMES = ("match_1m", "match_10m", "lookup_nowait_1m", "reopen_1m", "rebuild", "memory_beyond_buffer", STALLS)
+_NEED_BLOCKS = {"match_1m", "lookup_nowait_1m", "reopen_1m", "rebuild", "memory_beyond_buffer", STALLS}
+"""Items that need a million real blocks; filling them takes most of the time."""
+_NEED_MANY = {"match_10m", "memory_beyond_buffer"}
 
 
-class Million:
-    """The store and what is measured on it; ``wanted`` are names of items."""
+def measure(setting: Setting, wanted: set[str]) -> list[Item]:
+    """The items of ``NAMES`` that are wanted; each store is filled once."""
+    return _Million(setting, wanted).measure()
+
+
+class _Million:
+    """The stores and what is measured on them; ``wanted`` are names of items."""
 
     def __init__(self, setting: Setting, wanted: set[str]) -> None:
         self._setting = setting
         self._wanted = wanted
-        self._path = setting.folder("keys")
-        self._keys = 0
-        self._options: dict[str, Any] = {
-            "capacity": 2 * setting.key_count * BYTES_A_KEY + 1024 * MIB,
-            "buffer": 16 * MIB if setting.quick else 256 * MIB,
-            "codec": "raw",
-        }
+        self._keys = KeysStore(setting, "keys", setting.key_count)
+        self._many = KeysStore(setting, "many-keys", MANY_TIMES * setting.key_count)
 
     def measure(self) -> list[Item]:
-        """All wanted items, on one store that is filled once."""
+        """All wanted items."""
         items: list[Item] = []
-        self._fill_and_kill(self._setting.key_count)
-        if "reopen_1m" in self._wanted:
-            killed = [self._reopen_s()]
-            surplus = min(KILLED_SURPLUS_KEYS, self._setting.key_count)
-            for _ in range(min(KILLED_ROUNDS, self._setting.rounds) - 1):
-                self._fill_and_kill(surplus)
-                killed.append(self._reopen_s())
-            clean = [self._reopen_s() for _ in range(self._setting.rounds)]
-            items.append(self._item("reopen_1m.clean", clean, "s", CLEAN_BAR, worst=max(clean)))
-            items.append(self._item("reopen_1m.killed", killed, "s", KILLED_BAR, worst=max(killed)))
+        if self._wanted & _NEED_BLOCKS:
+            self._keys.fill_and_kill(self._setting.key_count)
+            if "reopen_1m" in self._wanted:
+                items += measure_reopening(self._keys, self._setting)
+            else:
+                self._keys.opening_s()
+            items += self._lookup_items()
         else:
-            self._reopen_s()
-        if "match_1m" in self._wanted:
-            items += self._match_items()
-        if "lookup_nowait_1m" in self._wanted:
-            items += self._nowait_items()
-        if "memory_beyond_buffer" in self._wanted:
-            items.append(self._memory_item())
-        shutil.rmtree(self._path)
+            self._keys.make_up(self._setting.key_count)
+        if self._wanted & _NEED_MANY:
+            self._many.make_up(MANY_TIMES * self._setting.key_count)
+            items += self._many_items()
+            self._many.remove()
+        if "rebuild" in self._wanted:
+            items.append(measure_rebuild(self._keys, self._setting))
+        if STALLS in self._wanted:
+            items += Stalls(self._keys, self._setting).measure()
+        self._keys.remove()
         return items
 
-    def _item(self, name: str, values: list[float], unit: str, bar: Bar, *, void: str | None = None, **facts: Any) -> Item:
-        facts = {"keys": self._keys, "block_bytes": SMALL_BLOCK_BYTES, **facts}
-        return value_item(name, values, unit=unit, bar=bar, facts=facts, void=void)
+    def _lookup_items(self) -> list[Item]:
+        items: list[Item] = []
+        if "match_1m" in self._wanted:
+            items += measure_match(self._keys, self._setting)
+        if "lookup_nowait_1m" in self._wanted:
+            items += measure_nowait(self._keys, self._setting)
+        if "memory_beyond_buffer" in self._wanted:
+            items.append(memory_item("memory_beyond_buffer.1m", self._keys, MEMORY_BAR, quick=self._setting.quick))
+        return items
 
-    # --- filling and killing ------------------------------------------------------------------------------------
+    def _many_items(self) -> list[Item]:
+        items: list[Item] = []
+        if "match_10m" in self._wanted:
+            items += measure_match_many(self._many, self._keys, self._setting)
+        if "memory_beyond_buffer" in self._wanted:
+            items.append(memory_item("memory_beyond_buffer.10m", self._many, MANY_MEMORY_BAR, quick=self._setting.quick))
+        return items
 
-    def _fill_and_kill(self, count: int) -> None:
-        """A process puts ``count`` more keys and is killed while it puts others."""
-        with _child("fill", path=self._path, start=self._keys, count=count, options=self._options) as process:
-            for event in _events(process):
-                if event["event"] == "durable":
-                    break
-                self._setting.console.print(f"filling a store: {event['keys']:,} keys", highlight=False)
-            else:
-                raise KvlodeError("the process that fills a store ended early", where=self._path, actual=f"exit code {process.wait()}")
-            process.kill()
-        self._keys += count
 
-    def _reopen_s(self) -> float:
-        """Seconds of opening, with the index's files dropped from the page cache before."""
-        forget_pages(Path(self._path, "index"))
+# --- looking up -----------------------------------------------------------------------------------------------------
+
+
+class _Lookups:
+    """Rounds of lookups in an open store: each for other keys, drawn from all over it."""
+
+    def __init__(self, keys: KeysStore, store: DiskStore, setting: Setting) -> None:
+        self._keys = keys
+        self._space = store.namespace(bench_namespace(SMALL_BLOCK_BYTES))
+        self._generator = np.random.default_rng(1)
+        self.keys_a_round = min(MATCH_KEYS, keys.count)
+        self.present_us: list[float] = []
+        self.absent_us: list[float] = []
+        self.void: str | None = None
+        setting.settle(store)
+
+    def round(self, _: int = 0) -> float:
+        """Microseconds a present key; those of absent keys are in ``absent_us``."""
+        count = self.keys_a_round
+        present = [bench_key(number) for number in self._generator.choice(self._keys.count, count, replace=False).tolist()]
+        absent = [bench_key(number, salt="absent") for number in self._generator.integers(0, 1 << 40, count).tolist()]
         started = time.perf_counter()
-        with opened(self._path, **self._options):
-            return time.perf_counter() - started
+        matched = self._space.match_prefix(present)
+        between = time.perf_counter()
+        found = sum(self._space.contains(absent))
+        ended = time.perf_counter()
+        self.present_us.append((between - started) / count * 1e6)
+        self.absent_us.append((ended - between) / count * 1e6)
+        if matched != count or found:
+            self.void = f"{matched} of {count} present keys matched, {found} absent keys were found"
+        return self.present_us[-1]
 
-    # --- looking up ---------------------------------------------------------------------------------------------
 
-    def _match_items(self) -> list[Item]:
-        """Other keys in each round, drawn from all over the store. The index starts cold, as after a restart of the machine."""
-        forget_pages(Path(self._path, "index"))
-        count = min(MATCH_KEYS, self._keys)
-        generator = np.random.default_rng(1)
-        present_us: list[float] = []
-        absent_us: list[float] = []
-        wrong = ""
-        with opened(self._path, **self._options) as store:
-            space = store.namespace(bench_namespace(SMALL_BLOCK_BYTES))
-            self._setting.settle(store)
-            for _ in range(self._setting.rounds):
-                present = [bench_key(number) for number in generator.choice(self._keys, count, replace=False).tolist()]
-                absent = [bench_key(number, salt="absent") for number in generator.integers(0, 1 << 40, count).tolist()]
-                started = time.perf_counter()
-                matched = space.match_prefix(present)
-                between = time.perf_counter()
-                found = sum(space.contains(absent))
-                ended = time.perf_counter()
-                present_us.append((between - started) / count * 1e6)
-                absent_us.append((ended - between) / count * 1e6)
-                if matched != count or found:
-                    wrong = f"{matched} of {count} present keys matched, {found} absent keys were found"
-        facts: dict[str, Any] = {"void": wrong or None, "keys_a_round": count}
-        return [
-            self._item("match_1m.present", present_us, "us/key", MATCH_BAR, first_round=present_us[0], **facts),
-            self._item("match_1m.absent", absent_us, "us/key", MATCH_BAR, first_round=absent_us[0], **facts),
-        ]
+def measure_match(keys: KeysStore, setting: Setting) -> list[Item]:
+    """``match_1m``. The index starts cold, as after a restart of the machine."""
+    forget_pages(keys.index_folder)
+    with keys.opened() as store:
+        lookups = _Lookups(keys, store, setting)
+        for _ in range(setting.rounds):
+            lookups.round()
+    items = []
+    for name, values, bar in (("present", lookups.present_us, PRESENT_BAR), ("absent", lookups.absent_us, ABSENT_BAR)):
+        facts = {"keys": keys.count, "keys_a_round": lookups.keys_a_round, "first_round": values[0]}
+        items.append(value_item(f"match_1m.{name}", values, unit="us/key", bar=bar, facts=facts, void=lookups.void))
+    return items
 
-    def _nowait_items(self) -> list[Item]:
-        """What a scheduler waits for: each call of a lookup for 128 keys, while the index is asked for those of other requests.
 
-        Every request is asked for again until it is answered, as a scheduler does at each of its steps.
-        """
-        forget_pages(Path(self._path, "index"))
-        generator = np.random.default_rng(2)
-        p50_ms: list[float] = []
-        p99_ms: list[float] = []
-        wrong = ""
-        with opened(self._path, **self._options) as store:
-            space = store.namespace(bench_namespace(SMALL_BLOCK_BYTES))
-            self._setting.settle(store)
-            for _ in range(self._setting.rounds):
-                requests = [
-                    [bench_key(number) for number in row]
-                    for row in generator.integers(0, self._keys, (NOWAIT_REQUESTS, NOWAIT_KEYS)).tolist()
-                ]
-                calls_s, found = _answered(space, requests)
-                p50_ms.append(float(np.percentile(calls_s, 50)) * 1e3)
-                p99_ms.append(float(np.percentile(calls_s, 99)) * 1e3)
-                if found != NOWAIT_REQUESTS * NOWAIT_KEYS:
-                    wrong = f"{found} of {NOWAIT_REQUESTS * NOWAIT_KEYS} present keys were found"
-        facts: dict[str, Any] = {"void": wrong or None, "keys_a_call": NOWAIT_KEYS, "requests": NOWAIT_REQUESTS}
-        return [
-            self._item("lookup_nowait_1m.p50", p50_ms, "ms", NOWAIT_BAR, **facts),
-            self._item("lookup_nowait_1m.p99", p99_ms, "ms", NOWAIT_BAR, first_round=p99_ms[0], worst=max(p99_ms), **facts),
-        ]
+def measure_match_many(many: KeysStore, one: KeysStore, setting: Setting) -> list[Item]:
+    """``match_10m``: the same lookups in turn among ten times as many keys and among a million, both opened again.
 
-    # --- memory -------------------------------------------------------------------------------------------------
+    The kernel holds the tables of both, as after a restart of the process; the first round after a restart of the machine is a fact.
+    """
+    forget_pages(many.index_folder)
+    with many.opened() as store:
+        cold = _Lookups(many, store, setting)
+        cold.round()
+    for keys in (many, one):
+        fetch_pages(keys.index_folder)
+    with many.opened() as many_store, one.opened() as one_store:
+        among_many, among_one = _Lookups(many, many_store, setting), _Lookups(one, one_store, setting)
+        abba(setting.rounds, setting.step("match_10m", among_many.round), among_one.round)
+        index_bytes = many_store.stats()["index"]["size_bytes"]
+    items = []
+    for name in ("present", "absent"):
+        many_us, one_us = getattr(among_many, f"{name}_us"), getattr(among_one, f"{name}_us")
+        facts = {
+            "keys": many.count,
+            "compared_keys": one.count,
+            "entries": many.entries,
+            "compared_entries": one.entries,
+            "index_bytes": index_bytes,
+            "us_a_key": statistics.median(many_us),
+            "compared_us_a_key": statistics.median(one_us),
+            "cold_us_a_key": getattr(cold, f"{name}_us")[0],
+        }
+        ratios = [slower / faster for slower, faster in zip(many_us, one_us, strict=True)]
+        void = among_many.void or among_one.void or cold.void
+        items.append(value_item(f"match_10m.{name}", ratios, unit="ratio", bar=MANY_BAR, facts=facts, void=void))
+    return items
 
-    def _memory_item(self) -> Item:
-        with _child("memory", path=self._path, start=0, count=self._keys, options=self._options) as process:
-            measured = next((event for event in _events(process) if event["event"] == "memory"), None)
-            code = process.wait()
-        if measured is None or code != 0:
-            raise KvlodeError("the process whose memory is measured failed", where=self._path, actual=f"exit code {code}")
-        void = None
-        if measured["correct"] != measured["asked"] or measured["found"] != measured["looked_up"]:
-            void = f"{measured['correct']} of {measured['asked']} blocks and {measured['found']} of {measured['looked_up']} keys came back"
-        mib = measured["beyond_bytes"] / MIB
-        return self._item("memory_beyond_buffer", [mib], "MiB", MEMORY_BAR, void=void, buffer_bytes=self._options["buffer"])
+
+def measure_nowait(keys: KeysStore, setting: Setting) -> list[Item]:
+    """What a scheduler waits for: each call of a lookup for 128 keys, while the index is asked for those of other requests.
+
+    Every request is asked for again until it is answered, as a scheduler does at each of its steps.
+    """
+    forget_pages(keys.index_folder)
+    generator = np.random.default_rng(2)
+    p50_ms: list[float] = []
+    p99_ms: list[float] = []
+    wrong = ""
+    with keys.opened() as store:
+        space = store.namespace(bench_namespace(SMALL_BLOCK_BYTES))
+        setting.settle(store)
+        for _ in range(setting.rounds):
+            rows = generator.integers(0, keys.count, (NOWAIT_REQUESTS, NOWAIT_KEYS)).tolist()
+            calls_s, found = _answered(space, [[bench_key(number) for number in row] for row in rows])
+            p50_ms.append(float(np.percentile(calls_s, 50)) * 1e3)
+            p99_ms.append(float(np.percentile(calls_s, 99)) * 1e3)
+            if found != NOWAIT_REQUESTS * NOWAIT_KEYS:
+                wrong = f"{found} of {NOWAIT_REQUESTS * NOWAIT_KEYS} present keys were found"
+    facts: dict[str, Any] = {"keys": keys.count, "keys_a_call": NOWAIT_KEYS, "requests": NOWAIT_REQUESTS}
+    worst = {"first_round": p99_ms[0], "worst": max(p99_ms)}
+    return [
+        value_item("lookup_nowait_1m.p50", p50_ms, unit="ms", bar=NOWAIT_BAR, facts=facts, void=wrong or None),
+        value_item("lookup_nowait_1m.p99", p99_ms, unit="ms", bar=NOWAIT_BAR, facts=facts | worst, void=wrong or None),
+    ]
 
 
 def _answered(space: BlockSpace, requests: list[list[bytes]]) -> tuple[list[float], int]:
@@ -196,30 +224,8 @@ def _answered(space: BlockSpace, requests: list[list[bytes]]) -> tuple[list[floa
     return calls_s, hits
 
 
-@contextmanager
-def _child(step: str, **arguments: Any) -> Iterator[subprocess.Popen[str]]:
-    """A step in a process of its own, which is gone afterwards."""
-    command = [sys.executable, "-m", f"{__package__}.child", step, json.dumps(arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
-
-
-def _events(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
-    assert process.stdout is not None
-    for line in process.stdout:
-        event: dict[str, Any] = json.loads(line)
-        if event["event"] == "error":
-            raise KvlodeError("a process of the bench failed", actual=event["text"])
-        yield event
-
-
 def needed_bytes(setting: Setting) -> int:
-    """Free space for the store with a million keys, the large blocks of the memory item included."""
-    surplus = KILLED_ROUNDS * KILLED_SURPLUS_KEYS * 2 if not setting.quick else setting.key_count * KILLED_ROUNDS
-    return (setting.key_count + surplus) * BYTES_A_KEY + (1536 * MIB if not setting.quick else 128 * MIB)
+    """Free space for both stores at once with the large blocks of the memory item, and for what is flushed while stalls are watched."""
+    surplus = killed_rounds(setting) * min(KILLED_SURPLUS_KEYS, setting.key_count) * 2  # and what is put until the process is killed
+    blocks_bytes = (setting.key_count + surplus) * BYTES_A_KEY + 2 * (768 * MIB if not setting.quick else 64 * MIB)
+    return blocks_bytes + MANY_TIMES * setting.key_count * INDEX_BYTES_A_KEY * 2 + flush_bytes_max(setting)

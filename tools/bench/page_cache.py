@@ -1,4 +1,4 @@
-"""Files out of the page cache, so that a measurement starts cold."""
+"""Files out of the page cache or into it, so that a measurement starts cold, or warm, and not by chance."""
 
 from __future__ import annotations
 
@@ -18,3 +18,13 @@ def forget_pages(folder: Path) -> None:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
+
+
+def fetch_pages(folder: Path) -> None:
+    """Read the files below ``folder``, so that the kernel holds them: as they are for a process that starts again, not for a machine."""
+    memory = bytearray(1 << 20)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb", buffering=0) as file:
+                while file.readinto(memory):
+                    pass

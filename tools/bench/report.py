@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from rich.table import Table
 from .figures import Item
 from .setting import Setting
 
+WIDTH = 120
+"""Columns of a table that goes into a file or a pipe."""
 _STATES = {"ok": "", "unresolved": "[yellow]unresolved[/]", "void": "[red]void[/]", "skipped": "[dim]skipped[/]"}
 
 
@@ -34,12 +37,12 @@ def show(items: Sequence[Item], machine: dict[str, Any], setting: Setting) -> No
     """The table, on standard output."""
     table = Table(title="kvlode bench" + (" (quick: shows that it works, measures nothing)" if setting.quick else ""))
     table.add_column("item", no_wrap=True)
-    for column in ("figure", "quartiles", "bar", "store / bare"):
+    for column in ("figure", "quartiles", "bar", "store / bare / fio"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for item in items:
         table.add_row(item.name, _figure(item), _quartiles(item), _bar(item), _rates(item), _STATES[item.state])
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
     console.print(table)
     for item in items:
         if item.reason is not None:
@@ -67,4 +70,5 @@ def _bar(item: Item) -> str:
 
 
 def _rates(item: Item) -> str:
-    return f"{item.absolute['store_GB_s']:.2f} / {item.absolute['bare_GB_s']:.2f}" if "store_GB_s" in item.absolute else ""
+    rates = [item.absolute[name] for name in ("store_GB_s", "bare_GB_s", "fio_GB_s") if name in item.absolute]
+    return " / ".join(f"{rate:.2f}" for rate in rates)

@@ -8,18 +8,16 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from ...engine.config import parse_bytes
 from ...format.errors import InvalidConfig
-from . import drive, million
-from .codecs import measure_codecs
-from .dram import measure_dram
+from . import codecs, dram, drive_kv, drive_read, drive_write, latency, million
 from .figures import Item
 from .machine import check_free_space, machine_facts
-from .million import Million
 from .report import show, to_json
 from .setting import Setting
 from .workload import MIB
@@ -30,9 +28,30 @@ ROUNDS_DEFAULT = 9
 QUICK_SIZE_BYTES = 8 * MIB
 QUICK_ROUNDS = 3
 
-_DRIVE: dict[str, Callable[[Setting], list[Item]]] = {"write_raw": drive.measure_writes, "read_raw": drive.measure_reads}
-_MEMORY: dict[str, Callable[[Setting], list[Item]]] = {"dram_get": measure_dram, "compression": measure_codecs}
-ITEMS = (*_DRIVE, *_MEMORY, *million.NAMES)
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Items that one module measures together."""
+
+    names: tuple[str, ...]
+    measure: Callable[[Setting, set[str]], list[Item]]
+    """Gets those of ``names`` that are wanted."""
+    needed_bytes: Callable[[Setting], int]
+    """Free space below the setting's root at any time."""
+
+
+GROUPS = (
+    Group(drive_write.NAMES, drive_write.measure, drive_write.needed_bytes),
+    Group(drive_read.NAMES, drive_read.measure, drive_read.needed_bytes),
+    Group(codecs.NAMES, codecs.measure, codecs.needed_bytes),
+    Group(drive_kv.NAMES, drive_kv.measure, drive_kv.needed_bytes),
+    Group(dram.NAMES, dram.measure, dram.needed_bytes),
+    Group(latency.NAMES, latency.measure, latency.needed_bytes),
+    Group(million.NAMES, million.measure, million.needed_bytes),
+)
+"""In the order in which they are measured. A name may be in several groups (parts of one row of the report)."""
+
+ITEMS = tuple(dict.fromkeys(name for group in GROUPS for name in group.names))
 """Names for ``only``; some give several figures, named ``<item>.<what>``."""
 
 
@@ -69,7 +88,7 @@ def run_bench(
             quick=quick,
             console=console or Console(stderr=True),
         )
-        check_free_space(root, max([drive.needed_bytes(setting)] + [million.needed_bytes(setting)] * bool(chosen & set(million.NAMES))))
+        check_free_space(root, max(group.needed_bytes(setting) for group in GROUPS if chosen & set(group.names)))
         machine = machine_facts(root)
         measured = _measure(setting, chosen)
     finally:
@@ -92,8 +111,7 @@ def _chosen(only: Sequence[str] | None) -> set[str]:
 
 def _measure(setting: Setting, chosen: set[str]) -> list[Item]:
     measured: list[Item] = []
-    for name, measure in (_DRIVE | _MEMORY).items():
-        if name in chosen:
-            measured += measure(setting)
-    wanted = chosen & set(million.NAMES)
-    return measured + (Million(setting, wanted).measure() if wanted else [])
+    for group in GROUPS:
+        wanted = chosen & set(group.names)
+        measured += group.measure(setting, wanted) if wanted else []
+    return measured

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.console import Console
 
@@ -12,6 +12,7 @@ from .workload import BLOCK_BYTES, MIB
 
 QUICK_BLOCK_BYTES = MIB // 4
 WARM_UP_S = 60.0
+ROUNDS_FEW = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,14 @@ class Setting:
     def key_count(self) -> int:
         """Keys of the items about a million keys."""
         return 2_000 if self.quick else 1_000_000
+
+    def capped(self, size_bytes_max: int) -> Setting:
+        """The same with rounds of at most so many bytes."""
+        return replace(self, size_bytes=min(self.size_bytes, size_bytes_max))
+
+    def few(self, size_bytes_max: int) -> Setting:
+        """Fewer and smaller rounds, for what is measured in many variants."""
+        return replace(self.capped(size_bytes_max), rounds=min(self.rounds, 1 if self.quick else ROUNDS_FEW))
 
     def folder(self, name: str) -> str:
         return f"{self.root}/{name}"

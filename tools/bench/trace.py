@@ -35,6 +35,8 @@ class Trace:
     paths: list[str] = field(default_factory=list)
     """Path of each file number."""
     in_flight_bytes_max: int = 0
+    in_flight_max: int = 0
+    """Requests, however large."""
     prepared: int = 0
     """How many of the operations were made before the measurement began (a segment that was made in advance)."""
 
@@ -49,6 +51,11 @@ class Trace:
     def total_bytes(self, kind: Kind) -> int:
         return sum(operation.length for operation in self.of_kind(kind))
 
+    def typical_bytes(self, kind: Kind) -> int:
+        """Median length of the requests; 0 without any."""
+        lengths = sorted(operation.length for operation in self.of_kind(kind))
+        return lengths[len(lengths) // 2] if lengths else 0
+
 
 class TracingDevice(WrappingDevice):
     """Passes everything on and notes what happens to segment files from its making on; ``begin`` marks where the measurement starts."""
@@ -56,6 +63,7 @@ class TracingDevice(WrappingDevice):
     def __init__(self, inner: Device) -> None:
         super().__init__(inner)
         self._lock = threading.Lock()
+        self._in_flight = 0
         self._in_flight_bytes = 0
         self._writes_ended = 0
         self.trace = Trace()
@@ -64,6 +72,7 @@ class TracingDevice(WrappingDevice):
         """What follows is measured."""
         with self._lock:
             self.trace.prepared = len(self.trace.operations)
+            self.trace.in_flight_max, self.trace.in_flight_bytes_max = self._in_flight, self._in_flight_bytes
             return self.trace
 
     def _wrap(self, file: DeviceFile, path: str, mode: OpenMode) -> DeviceFile:
@@ -91,11 +100,14 @@ class TracingDevice(WrappingDevice):
 
     def began(self, length: int) -> None:
         with self._lock:
+            self._in_flight += 1
             self._in_flight_bytes += length
+            self.trace.in_flight_max = max(self.trace.in_flight_max, self._in_flight)
             self.trace.in_flight_bytes_max = max(self.trace.in_flight_bytes_max, self._in_flight_bytes)
 
     def ended(self, length: int, *, write: bool) -> None:
         with self._lock:
+            self._in_flight -= 1
             self._in_flight_bytes -= length
             self._writes_ended += write
 

@@ -26,6 +26,9 @@ BLOCK_BYTES = 4 * MIB
 SMALL_BLOCK_BYTES = 512
 """With its header page it takes two pages: the smallest place that a block can have."""
 DISTINCT_BLOCKS = 64
+DISTINCT_BYTES = 256 * MIB
+REQUEST_BLOCKS = 16
+"""Blocks that a host puts or gets in one call."""
 STAMP_BYTES = 8
 PUT_TIMEOUT_S = 120.0
 
@@ -43,13 +46,23 @@ def bench_namespace(block_bytes_max: int) -> Namespace:
 
 
 class Blocks:
-    """``count`` incompressible blocks over a few distinct ones; each starts with its number, so that no two are equal."""
+    """``count`` blocks over a few distinct ones; each starts with its number, so that no two are equal.
 
-    def __init__(self, count: int, block_bytes: int) -> None:
+    ``memory``: the distinct ones, a row each (default: incompressible bytes); their first bytes are overwritten.
+    """
+
+    def __init__(
+        self, count: int, block_bytes: int, *, memory: np.ndarray[Any, np.dtype[np.uint8]] | None = None, namespace: Namespace | None = None
+    ) -> None:
         self.count = count
         self.block_bytes = block_bytes
-        self.distinct = min(count, DISTINCT_BLOCKS)
-        self.memory = touched_memory(self.distinct * block_bytes).reshape(self.distinct, block_bytes)
+        self.total_bytes = count * block_bytes
+        if memory is None:
+            distinct = max(1, min(count, DISTINCT_BLOCKS, DISTINCT_BYTES // block_bytes))
+            memory = touched_memory(distinct * block_bytes).reshape(distinct, block_bytes)
+        self.memory = memory
+        self.distinct = len(memory)
+        self.namespace = namespace or bench_namespace(block_bytes)
         self._checksums = [xxh3_64(block[STAMP_BYTES:]) for block in self.memory]
         self.keys = [bench_key(number) for number in range(count)]
 
@@ -65,12 +78,16 @@ class Blocks:
         return stamped and found.size == self.block_bytes and xxh3_64(found[STAMP_BYTES:]) == self._checksums[number % self.distinct]
 
     def put_all(self, store: DiskStore) -> None:
-        """Put every block and flush. Raises ``KvlodeError`` when one was refused."""
-        space = store.namespace(bench_namespace(self.block_bytes))
-        for number, key in enumerate(self.keys):
-            status = space.put(key, self[number])
-            if not status:
-                raise KvlodeError("a put was refused", where=store.path, actual=status.reason)
+        """Put every block, a request's at a time, and flush. Raises ``KvlodeError`` when one was refused."""
+        space = store.namespace(self.namespace)
+        step = min(REQUEST_BLOCKS, self.distinct)
+        for start in range(0, self.count, step):
+            numbers = range(start, min(start + step, self.count))
+            keys = self.keys[numbers.start : numbers.stop]
+            job = space.submit_put(keys, [self[number] for number in numbers], parent=self.keys[start - 1] if start else None)
+            refused = [status for status in job.statuses if not status]
+            if refused:
+                raise KvlodeError("a put was refused", where=store.path, actual=refused[0].reason)
         if not store.flush(PUT_TIMEOUT_S):
             raise KvlodeError("the blocks could not be flushed", where=store.path, actual=store.stats()["counters"])
 
