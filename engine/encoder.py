@@ -1,32 +1,44 @@
-"""From a block in memory to the payload of a record: stripes encoded on threads, raw when that is as good."""
+"""From a block in memory to the payload of a record: stripes encoded on threads, raw when that is as good.
+
+What is encoded lies in memory that the next batch uses again. Memory that is new for every stripe costs a third more time: the kernel
+clears each page of it when it is touched.
+"""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
+import xxhash
 
 from ..format.checksum import xxh3_64
-from ..format.codec import EncodedStripe, choose_codec, encode_stripe
-from ..format.layout import STRIPE_BYTES_DEFAULT, Codec, stripe_bytes_for
+from ..format.codec import EncodedStripe, encode_stripe, encoded_bytes_max
+from ..format.layout import Codec, stripe_bytes_for
 from ..format.record import STRIPE_DTYPE
 from ..gds.threads import WorkerPool
 from .arena import Bytes, one_span
 from .blocks import cut_spans
+from .codec_choice import CodecChoice
 from .entry import Entry
 
-SAMPLE_EVERY_BLOCKS = 64
 RAW_UNLESS_SAVED = 16
 """A block stays raw unless encoding saves at least this fraction (one sixteenth) of it."""
 STRIPES_PER_TASK = 4
+IN_ORDER_BYTES_MAX = 8 << 20
+"""A raw block up to this size is hashed by one thread; there are others in a batch for the rest of them."""
+KEPT_BYTES = 24 << 20
+"""Memory that stays for encoded stripes: what a batch of the usual size needs. It is taken as it is touched."""
+
+
+__all__ = ["CodecChoice", "EncodedBlock", "Encoder"]
 
 
 @dataclass(slots=True)
 class EncodedBlock:
-    """The payload of one record. ``parts`` are laid one after the other; raw payloads are the buffer's own memory."""
+    """The payload of one record. ``parts`` are laid one after the other; raw payloads are the buffer's own memory, others are good until
+    the encoder's next batch."""
 
     codec: Codec
     stripe_bytes: int
@@ -37,44 +49,44 @@ class EncodedBlock:
     """False when the bytes no longer match the checksum that was taken when they were put."""
 
 
-class CodecChoice:
-    """The codec of a namespace's blocks: forced by configuration, or sampled anew every so many blocks."""
-
-    def __init__(self, forced: Codec | None, element_size: int) -> None:
-        self._forced = forced
-        self._element_size = element_size
-        self._lock = threading.Lock()
-        self._chosen = Codec.RAW
-        self._remaining = 0
-
-    def choose(self, entry: Entry) -> Codec:
-        if self._forced is not None:
-            return self._forced
-        with self._lock:
-            if self._remaining == 0:
-                stripe = one_span(cut_spans(entry.spans, 0, min(entry.size_bytes, STRIPE_BYTES_DEFAULT)))
-                self._chosen = choose_codec(stripe, self._element_size)
-                self._remaining = SAMPLE_EVERY_BLOCKS
-            self._remaining -= 1
-            return self._chosen
-
-
 class _Encoding:
     """One block on its way: tasks over groups of stripes, then one decision for the whole block."""
 
-    def __init__(self, entry: Entry, codec: Codec, wanted_stripe_bytes: int, pool: WorkerPool) -> None:
+    def __init__(self, entry: Entry, codec: Codec, wanted_stripe_bytes: int, pool: WorkerPool, memory: Callable[[int], Bytes]) -> None:
         self.entry = entry
         self.codec = codec
         self.element_size: int = entry.namespace.descriptor.element_size
         self.stripe_bytes = stripe_bytes_for(entry.size_bytes, wanted_stripe_bytes)
         self.count = -(-entry.size_bytes // self.stripe_bytes)
-        groups = [range(i, min(i + STRIPES_PER_TASK, self.count)) for i in range(0, self.count, STRIPES_PER_TASK)]
-        self.tasks: list[Future[list[EncodedStripe]]] = [pool.submit(self._encode_group, group) for group in groups]
-        self.checksum: Future[int] = pool.submit(self._raw_checksum)
+        self._room_bytes = encoded_bytes_max(min(self.stripe_bytes, entry.size_bytes))
+        self._memory = memory(0 if codec is Codec.RAW else self.count * self._room_bytes)
+        self._hasher = xxhash.xxh3_64()
+        self.tasks: list[Future[list[EncodedStripe]]] = []
+        if codec is Codec.RAW and entry.size_bytes <= IN_ORDER_BYTES_MAX:
+            self.tasks.append(pool.submit(self._hash_in_order))
+            return
+        for start in range(0, self.count, STRIPES_PER_TASK):
+            self.tasks.append(pool.submit(self._encode_group, range(start, min(start + STRIPES_PER_TASK, self.count))))
+        self.tasks.append(pool.submit(self._hash))
 
     def _raw(self, index: int) -> list[Bytes]:
         start = index * self.stripe_bytes
         return cut_spans(self.entry.spans, start, min(start + self.stripe_bytes, self.entry.size_bytes))
+
+    def _hash(self) -> list[EncodedStripe]:
+        """The block's own checksum: what is in memory must still be what was put."""
+        for span in cut_spans(self.entry.spans, 0, self.entry.size_bytes):
+            self._hasher.update(span)
+        return []
+
+    def _hash_in_order(self) -> list[EncodedStripe]:
+        """Both checksums of a raw block: memory that one of them has brought into the cache is nearly free for the other."""
+        encoded = []
+        for index in range(self.count):
+            encoded.append(self._encode_one(index, Codec.RAW))
+            for span in self._raw(index):
+                self._hasher.update(span)
+        return encoded
 
     def _encode_group(self, group: Sequence[int]) -> list[EncodedStripe]:
         return [self._encode_one(index, self.codec) for index in group]
@@ -84,15 +96,13 @@ class _Encoding:
         if codec is Codec.RAW:  # the checksum alone: the buffer's memory is the stored form
             stored = sum(span.size for span in spans)
             return EncodedStripe([], stored, 0, Codec.RAW, 0, xxh3_64(*spans))
-        return encode_stripe(one_span(spans), codec, self.element_size)
-
-    def _raw_checksum(self) -> int:
-        return xxh3_64(*cut_spans(self.entry.spans, 0, self.entry.size_bytes))
+        out = self._memory[index * self._room_bytes : (index + 1) * self._room_bytes]
+        return encode_stripe(one_span(spans), codec, self.element_size, out)
 
     def finish(self) -> EncodedBlock:
         """Wait for the tasks; fall back to raw when the block did not shrink."""
         encoded = [stripe for task in self.tasks for stripe in task.result()]
-        intact = self.checksum.result() == self.entry.raw_checksum
+        intact = self._hasher.intdigest() == self.entry.raw_checksum
         stored_bytes = sum(-(-stripe.stored_length // 16) * 16 for stripe in encoded)
         if self.codec is not Codec.RAW and stored_bytes > self.entry.size_bytes * (RAW_UNLESS_SAVED - 1) // RAW_UNLESS_SAVED:
             self.codec = Codec.RAW
@@ -127,12 +137,26 @@ def _lay_out(encoded: list[EncodedStripe]) -> tuple[list[Bytes], int]:
 
 
 class Encoder:
-    """Encodes batches of blocks on a pool of threads (the work runs outside the GIL)."""
+    """Encodes batches of blocks on a pool of threads (the work runs outside the GIL). Its methods are called by one thread."""
 
     def __init__(self, pool: WorkerPool) -> None:
         self._pool = pool
+        self._memory = np.empty(KEPT_BYTES, dtype=np.uint8)
+        self._used_bytes = 0
+
+    def begin_batch(self) -> None:
+        """What was encoded so far is done with (written, or copied to be): its memory is used again from here on."""
+        self._used_bytes = 0
 
     def start(self, entry: Entry) -> _Encoding:
         """Begin to encode a block; ``finish`` of the answer waits for it."""
         namespace = entry.namespace
-        return _Encoding(entry, namespace.codec_choice.choose(entry), namespace.stripe_bytes, self._pool)
+        return _Encoding(entry, namespace.codec_choice.choose(entry), namespace.stripe_bytes, self._pool, self._take)
+
+    def _take(self, size_bytes: int) -> Bytes:
+        """Memory until the next batch; what does not fit beside the rest of the batch gets its own."""
+        start, stop = self._used_bytes, self._used_bytes + size_bytes
+        if stop > self._memory.size:
+            return np.empty(size_bytes, dtype=np.uint8)
+        self._used_bytes = stop
+        return self._memory[start:stop]

@@ -22,20 +22,19 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Any
 
 from rocksdict import Rdict, RdictIter, ReadOptions
 
 from ..format.errors import InvalidConfig, KvlodeError, StoreClosed
 from ..gds.monitor import Monitor
 from .index import IndexDamaged, IndexWriteError
+from .index_lookup import LookupTeam
 
 logger = logging.getLogger(__name__)
 
 SCAN_CHUNK_ENTRIES = 256
 EXIT_TIMEOUT_S = 5.0
 REPLACE_WAIT_S = 0.05
-SORTED_LOOKUP_KEYS_MIN = 64
 
 
 class ReadGate:
@@ -187,6 +186,7 @@ class RocksReader:
         self._count_lock = threading.Lock()
         self._close_lock = threading.Lock()
         self._damaged = 0
+        self._team = LookupTeam(self._get_part)
         _open_readers.add(self)
 
     def _opened(self) -> Rdict:
@@ -202,19 +202,19 @@ class RocksReader:
         """Values in the order of the keys; the interpreter lock is free while RocksDB works. See ``Index.get_many``."""
         if not keys:
             return []
-        wanted: Any = keys if type(keys) is list else list(keys)
-        values: list[bytes | None]
+        return self._team.look_up(keys if type(keys) is list else list(keys))
+
+    def _get_part(self, keys: list[bytes]) -> list[bytes | None]:
         with self._gate:
             handle = self._handle
             if handle is None:  # it could not be opened again
                 self._count_damage()
-                return [None] * len(wanted)
+                return [None] * len(keys)
             try:
-                look_up = _in_order_of_keys if len(wanted) >= SORTED_LOOKUP_KEYS_MIN else _as_they_come
-                values = look_up(handle, wanted)
+                values: list[bytes | None] = handle.get(keys)  # type: ignore[assignment,arg-type]  # the stub knows lists of strings
             except Exception as error:
                 logger.warning("batched lookup in %s failed, repeating it key by key: %s", self.path, error)
-                values = [self._get_one(handle, key) for key in wanted]
+                values = [self._get_one(handle, key) for key in keys]
         return values
 
     def _get_one(self, handle: Rdict, key: bytes) -> bytes | None:
@@ -270,6 +270,7 @@ class RocksReader:
             idle = self._gate.wait_empty(timeout_s)
             handle, self._handle = self._handle, None
             _open_readers.discard(self)
+            self._team.close(timeout_s if idle else 0.0)
             if not idle:
                 leak(handle)
                 logger.error("index %s is still in use after %.1f s; its handle is left open", self.path, timeout_s)
@@ -320,17 +321,6 @@ class RocksReader:
         self._count_lock = threading.Lock()
         self._close_lock = threading.Lock()
         _open_readers.discard(self)
-
-
-def _as_they_come(handle: Rdict, keys: list[bytes]) -> list[bytes | None]:
-    return handle.get(keys)  # type: ignore[return-value,arg-type]  # the stub knows lists of strings
-
-
-def _in_order_of_keys(handle: Rdict, keys: list[bytes]) -> list[bytes | None]:
-    """What ``handle.get(keys)`` gives. RocksDB is asked in the order in which the keys lie in its files: two thirds of the time."""
-    ordered = sorted(keys)
-    found = dict(zip(ordered, handle.get(ordered), strict=True))  # type: ignore[arg-type]
-    return [found[key] for key in keys]
 
 
 def allocated_bytes(folder: str) -> int:

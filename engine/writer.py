@@ -161,6 +161,7 @@ class Writer:
             self._give_up(len(entries), Refusal.STORE_FAILED)
             return
         self._resolve_depths(entries)
+        self._encoder.begin_batch()
         records = self._records(entries)
         while records:
             dropped = list(itertools.takewhile(lambda record: isinstance(record, Dropped), records))
