@@ -47,8 +47,8 @@ class AttachedStore:
 
         Raises ``InvalidConfig`` for options that no store has. A store that cannot be opened is reported once and then absent.
         """
-        path = options.get("path")
-        folders = path if sets and isinstance(path, (list, tuple)) else [path]
+        path: Any = options.get("path")
+        folders: list[Any] = list(path) if sets and isinstance(path, (list, tuple)) else [path]
         if not folders or not all(isinstance(folder, str) and folder for folder in folders):
             expected = "path: a folder" + (", or a list of folders" if sets else "")
             raise InvalidConfig("an adapter needs the folder of its store", where=where, expected=expected, actual=path)

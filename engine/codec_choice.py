@@ -32,7 +32,7 @@ class Sampled:
 
 
 class CodecChoice:
-    """See the module. ``resources`` is asked at each sample; without it every block that a codec suits is encoded. Thread-safe.
+    """See the module. ``resources`` is asked at each sample; until it knows, every block that a codec suits is encoded. Thread-safe.
 
     ``core_clock_s`` is the time that the calling thread has had of a core.
     """
@@ -41,7 +41,7 @@ class CodecChoice:
         self,
         forced: Codec | None,
         element_size: int,
-        resources: Callable[[], Resources] | None = None,
+        resources: Callable[[], Resources | None] | None = None,
         core_clock_s: Callable[[], float] = time.thread_time,
     ) -> None:
         self._forced = forced
@@ -75,10 +75,11 @@ class CodecChoice:
         self._interval_bytes = min(2 * self._interval_bytes, SAMPLE_INTERVAL_BYTES_MAX) if same else SAMPLE_INTERVAL_BYTES_MIN
         self._remaining_bytes = self._interval_bytes
         self._codec = sampled.codec
+        resources = self._resources() if self._resources is not None else None
         if sampled.rates is None:
             self._share = 0.0
         else:
-            self._share = 1.0 if self._resources is None else encoded_share(sampled.rates, self._resources())
+            self._share = 1.0 if resources is None else encoded_share(sampled.rates, resources)
 
 
 def sample_codecs(sample: Bytes, element_size: int, core_clock_s: Callable[[], float] = time.thread_time) -> Sampled:

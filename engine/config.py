@@ -90,6 +90,8 @@ class StoreConfig:
     batch_bytes: int = 16 * MIB
     """Raw bytes gathered into one write."""
     encode_threads: int = dataclasses.field(default_factory=lambda: max(1, os.cpu_count() or 1))
+    cpu_budget: float = dataclasses.field(default_factory=lambda: float(len(os.sched_getaffinity(0))))
+    """Cores that the store may keep busy. ``codec="auto"`` encodes as many blocks as they manage while the drive is busy anyway."""
     io_threads: int = 16
     bounce_bytes: int = 128 * MIB
     """Memory for reads in flight."""
@@ -108,6 +110,8 @@ class StoreConfig:
         for name in ("encode_threads", "io_threads", "open_files_max"):
             if getattr(self, name) < 1:
                 raise InvalidConfig(f"{name} is too small", expected=">= 1", actual=getattr(self, name))
+        if not 0 < self.cpu_budget < float("inf"):
+            raise InvalidConfig("cpu_budget is no number of cores", expected="> 0, such as 2 or 0.5", actual=self.cpu_budget)
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise InvalidConfig(f"{name} is unknown", expected=" or ".join(choices), actual=repr(getattr(self, name)))

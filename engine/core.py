@@ -24,10 +24,12 @@ from ..gds.threads import WorkerPool
 from .buffer import Buffer
 from .capacity import Budget
 from .catalog import Catalog
+from .codec_policy import Resources
 from .commit import CommitThread
 from .config import MIB, Clock, StoreConfig
 from .contract import BlockInfo, Refusal, Status
 from .delivery import ReadRequest
+from .drive_rate import resources_now
 from .encoder import Encoder
 from .entry import Kind
 from .eviction import Evictor
@@ -94,7 +96,7 @@ class Core:
         self._owns_device = parts.owns_device
         self._jobs: set[ReadJob] = set()
         self._jobs_lock = threading.Lock()
-        self.namespaces = NamespaceTable(self.config.forced_codec)
+        self.namespaces = NamespaceTable(self.config.forced_codec, self._resources)
         recovered = parts.recovered
         self.sequence = SequenceNumbers(recovered.epoch if recovered else 0)
         self.buffer = Buffer(
@@ -179,6 +181,10 @@ class Core:
         self.writer.start()
 
     # --- answers for the other parts ----------------------------------------------------------------------------
+
+    def _resources(self) -> Resources | None:
+        """What encoding can count on; asked by the writer alone."""
+        return resources_now(self.config.cpu_budget, self.writer.drive_rate, self.reader.drive_rate)
 
     def check_usable(self) -> None:
         if self.closed_reason is not None:

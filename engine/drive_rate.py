@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from .codec_policy import Resources
-from .read_rate import DISK_BYTES_PER_S
 
 WINDOW_BYTES = 256 << 20
 """A drive that is never idle is looked at this often. Far more than what is in flight, which is counted where it ends."""
@@ -72,16 +71,7 @@ class DriveRate:
             return max(self._rates, default=None)
 
 
-class DriveRates:
-    """Both directions of the drive that a store lies on. Thread-safe."""
-
-    def __init__(self) -> None:
-        self.writes = DriveRate()
-        self.reads = DriveRate()
-
-    def resources(self, cores: float) -> Resources:
-        """With so many cores. A drive that was only written to so far is taken to read at least as fast."""
-        written = self.writes.bytes_per_s
-        read = self.reads.bytes_per_s
-        assumed = written or DISK_BYTES_PER_S
-        return Resources(cores, assumed, max(read or 0.0, assumed))
+def resources_now(cores: float, writes: DriveRate, reads: DriveRate) -> Resources | None:
+    """With so many cores; ``None`` for a drive that nothing is known of yet. One that was only written to is taken to read as fast."""
+    written, read = writes.bytes_per_s, reads.bytes_per_s
+    return None if written is None else Resources(cores, written, max(read or 0.0, written))

@@ -20,7 +20,6 @@ from ..format.record import STRIPE_DTYPE
 from ..gds.threads import WorkerPool
 from .arena import Bytes, one_span
 from .blocks import cut_spans
-from .codec_choice import CodecChoice
 from .entry import Entry
 
 RAW_UNLESS_SAVED = 16
@@ -30,9 +29,6 @@ IN_ORDER_BYTES_MAX = 8 << 20
 """A raw block up to this size is hashed by one thread; there are others in a batch for the rest of them."""
 KEPT_BYTES = 24 << 20
 """Memory that stays for encoded stripes: what a batch of the usual size needs. It is taken as it is touched."""
-
-
-__all__ = ["CodecChoice", "EncodedBlock", "Encoder"]
 
 
 @dataclass(slots=True)
@@ -85,7 +81,7 @@ class _Encoding:
         for index in range(self.count):
             encoded.append(self._encode_one(index, Codec.RAW))
             for span in self._raw(index):
-                self._hasher.update(span)
+                self._hasher.update(span.data)
         return encoded
 
     def _encode_group(self, group: Sequence[int]) -> list[EncodedStripe]:

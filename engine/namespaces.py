@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import numpy as np
 
@@ -10,17 +11,18 @@ from ..format.checksum import xxh3_64
 from ..format.layout import STRIPE_BYTES_DEFAULT, Codec, RecordType, stripe_bytes_for
 from ..format.namespace import Namespace
 from ..format.record import STRIPE_DTYPE, RecordHeader
-from .encoder import CodecChoice
+from .codec_choice import CodecChoice
+from .codec_policy import Resources
 
 
 class NamespaceState:
     """What the engine keeps of one namespace while the store is open."""
 
-    def __init__(self, descriptor: Namespace, forced_codec: Codec | None) -> None:
+    def __init__(self, descriptor: Namespace, forced_codec: Codec | None, resources: Callable[[], Resources | None] | None = None) -> None:
         self.descriptor = descriptor
         self.digest = descriptor.digest
         self.stripe_bytes = descriptor.layer_bytes or STRIPE_BYTES_DEFAULT
-        self.codec_choice = CodecChoice(forced_codec, descriptor.element_size)
+        self.codec_choice = CodecChoice(forced_codec, descriptor.element_size, resources)
         self.record_payload = np.frombuffer(descriptor.canonical_json(), dtype=np.uint8)
         self.record_header = _describe(self.digest, self.record_payload)
 
@@ -50,8 +52,9 @@ def _describe(digest: bytes, payload: np.ndarray[tuple[int], np.dtype[np.uint8]]
 class NamespaceTable:
     """Namespaces by digest. Thread-safe."""
 
-    def __init__(self, forced_codec: Codec | None) -> None:
+    def __init__(self, forced_codec: Codec | None, resources: Callable[[], Resources | None] | None = None) -> None:
         self._forced_codec = forced_codec
+        self._resources = resources
         self._lock = threading.Lock()
         self._states: dict[bytes, NamespaceState] = {}
 
@@ -59,7 +62,7 @@ class NamespaceTable:
         with self._lock:
             state = self._states.get(descriptor.digest)
             if state is None:
-                state = self._states[descriptor.digest] = NamespaceState(descriptor, self._forced_codec)
+                state = self._states[descriptor.digest] = NamespaceState(descriptor, self._forced_codec, self._resources)
             return state
 
     def get(self, digest: bytes) -> NamespaceState | None:

@@ -29,6 +29,7 @@ from ..gds.threads import WorkerPool
 from .arena import Bytes
 from .contract import Status
 from .delivery import STRIPES_PER_TASK, Delivery, ReadRequest, whole_pages
+from .drive_rate import DriveRate
 from .jobs import ReadJob
 from .raw_delivery import deliver_whole, is_whole
 from .read_rate import ReadRate
@@ -91,6 +92,7 @@ class Reader:
         self._on_useless = on_useless
         self.rate = ReadRate()
         """Of stored payload bytes."""
+        self.drive_rate = DriveRate()
         self._lock = threading.Lock()
         self._turns = threading.Semaphore(max(1, read_pool.threads * 5 // 8))
 
@@ -187,7 +189,8 @@ class Reader:
         with self._turns, job.delivering() if into_destinations else contextlib.nullcontext(not job.cancelled) as allowed:
             if not allowed:
                 return None
-            read_bytes = file.read_now(extent.start, buffers)
+            with self.drive_rate.measuring(extent.stop - extent.start):
+                read_bytes = file.read_now(extent.start, buffers)
         check_length(file, extent.start, extent.stop - extent.start, read_bytes)
         return read_bytes
 

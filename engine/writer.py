@@ -10,6 +10,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +22,7 @@ from .buffer import Buffer
 from .catalog import Catalog
 from .config import Clock, StoreConfig
 from .contract import Refusal
+from .drive_rate import DriveRate
 from .encoder import EncodedBlock, Encoder
 from .entry import Entry, Kind, State
 from .health import Health
@@ -83,6 +85,7 @@ class Writer:
         self._sequence = sequence
         self._counters = counters
         self._health = health
+        self.drive_rate = DriveRate()
         self._open: OpenSegment | None = None
         self._taken: list[Entry] = []
         self._stopping = False
@@ -311,11 +314,16 @@ class Writer:
             assembly.add(record, placed)
             if record.entry is not None:
                 entries.append((record.entry, index_entry(placed)))
+        self.drive_rate.begin()
         write = segment.file.write(start, assembly.buffers)
-        write.add_done_callback(lambda _: self._staging.release(staging))
+        write.add_done_callback(lambda done: self._written(done, staging))
         dropped = [record for record in records if isinstance(record, Dropped)]
         batch = LogBatch(segment, write, entries, dropped, segment.position, sequence, starts_segment)
         self._hand_over(batch, len(records))
+
+    def _written(self, write: Future[int], staging: Any) -> None:
+        self.drive_rate.end(0 if write.exception() is not None else write.result())
+        self._staging.release(staging)
 
     @staticmethod
     def _described(record: Record, segment: OpenSegment) -> list[Record]:

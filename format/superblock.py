@@ -96,5 +96,5 @@ def _check_row(row: Any, where: object) -> None:
         raise CorruptRecord("alignment", where=where, expected=ALIGNMENT_LOG2, actual=row.alignment_log2)
     if stripe_bytes % PAGE_BYTES or not PAGE_BYTES <= stripe_bytes <= BLOCK_BYTES_MAX:
         raise CorruptRecord("stripe-bytes", where=where, expected="a multiple of 4096, at most 2^30", actual=stripe_bytes)
-    if not any(row.store_uuid):  # type: ignore[arg-type]
+    if not any(row.store_uuid):
         raise CorruptRecord("store-uuid", where=where, expected="a uuid", actual="zeros")

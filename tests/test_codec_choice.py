@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 from kvlode.engine.arena import one_span
 from kvlode.engine.codec_choice import SAMPLE_INTERVAL_BYTES_MAX, SAMPLE_INTERVAL_BYTES_MIN, CodecChoice, sample_codecs
 from kvlode.engine.codec_policy import STORE_BYTES_PER_CORE_S, CodecRates, Resources, delivered_bytes_per_s, encoded_share
-from kvlode.engine.drive_rate import WINDOW_BYTES, WINDOW_BYTES_MIN, WINDOWS_KEPT, DriveRate, DriveRates
+from kvlode.engine.drive_rate import WINDOW_BYTES, WINDOW_BYTES_MIN, WINDOWS_KEPT, DriveRate, resources_now
 from kvlode.engine.entry import Entry, Kind
 from kvlode.engine.namespaces import NamespaceState
-from kvlode.engine.read_rate import DISK_BYTES_PER_S
 from kvlode.format.codec import decode_stripe, encode_stripe
 from kvlode.format.layout import Codec
 from kvlode.gds.memory import MemoryDevice
@@ -188,14 +187,13 @@ def test_a_failed_transfer_takes_time_and_moves_nothing() -> None:
 
 
 def test_a_drive_that_was_only_written_to_is_taken_to_read_as_fast() -> None:
-    rates = DriveRates()
-    assert rates.resources(2) == Resources(2, DISK_BYTES_PER_S, DISK_BYTES_PER_S)
     now = Now()
-    rates.writes, rates.reads = DriveRate(now), DriveRate(now)
-    transfer(rates.writes, now, WINDOW_BYTES_MIN, 0.25)
-    assert rates.resources(2) == Resources(2, 4 * WINDOW_BYTES_MIN, 4 * WINDOW_BYTES_MIN)
-    transfer(rates.reads, now, WINDOW_BYTES_MIN, 0.125)
-    assert rates.resources(2).read_bytes_per_s == 8 * WINDOW_BYTES_MIN
+    writes, reads = DriveRate(now), DriveRate(now)
+    assert resources_now(2, writes, reads) is None
+    transfer(writes, now, WINDOW_BYTES_MIN, 0.25)
+    assert resources_now(2, writes, reads) == Resources(2, 4 * WINDOW_BYTES_MIN, 4 * WINDOW_BYTES_MIN)
+    transfer(reads, now, WINDOW_BYTES_MIN, 0.125)
+    assert resources_now(2, writes, reads) == Resources(2, 4 * WINDOW_BYTES_MIN, 8 * WINDOW_BYTES_MIN)
 
 
 # --- the choice ---------------------------------------------------------------------------------------------------------------
@@ -206,8 +204,9 @@ def test_a_forced_codec_is_never_questioned() -> None:
     assert choice.choose(entry_of(noise_block(4 * KIB))) is Codec.ZSTD
 
 
-def test_without_resources_every_block_that_shrinks_is_encoded() -> None:
-    choice = CodecChoice(None, 2)
+@pytest.mark.parametrize("resources", [None, lambda: None], ids=["nobody to ask", "an unknown drive"])
+def test_until_the_drive_is_known_every_block_that_shrinks_is_encoded(resources: Callable[[], Resources | None] | None) -> None:
+    choice = CodecChoice(None, 2, resources)
     assert {choice.choose(entry_of(bfloat16_block(BLOCK_BYTES))) for _ in range(20)} == {Codec.PLANES_ZSTD}
     assert CodecChoice(None, 2).choose(entry_of(noise_block(BLOCK_BYTES))) is Codec.RAW
 
