@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -12,17 +13,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvlode import InvalidConfig, Status
 from kvlode.engine.arena import one_span
 from kvlode.engine.codec_choice import SAMPLE_INTERVAL_BYTES_MAX, SAMPLE_INTERVAL_BYTES_MIN, CodecChoice, sample_codecs
 from kvlode.engine.codec_policy import STORE_BYTES_PER_CORE_S, CodecRates, Resources, delivered_bytes_per_s, encoded_share
+from kvlode.engine.config import StoreConfig
 from kvlode.engine.drive_rate import WINDOW_BYTES, WINDOW_BYTES_MIN, WINDOWS_KEPT, DriveRate, resources_now
 from kvlode.engine.entry import Entry, Kind
 from kvlode.engine.namespaces import NamespaceState
+from kvlode.engine.testing import ManualClock
 from kvlode.format.codec import decode_stripe, encode_stripe
 from kvlode.format.layout import Codec
 from kvlode.gds.memory import MemoryDevice
 from kvlode.gds.throttled import SimulatedTime, ThrottledDevice
 from model import descriptor
+from rig import Rig
 
 GB = 1e9
 KIB, MIB = 1 << 10, 1 << 20
@@ -405,3 +410,38 @@ def test_with_few_cores_encoding_everything_would_have_been_slower(drives: int) 
     raw = SimulatedStore(2 * drives, drives, GB, lambda _: Codec.RAW)
     encoded = SimulatedStore(2 * drives, drives, GB, lambda _: Codec.PLANES_ZSTD)
     assert encoded.write() < 0.6 * raw.write() and encoded.read() < 0.7 * raw.read()
+
+
+# --- a store that follows what it measures -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("cpu_budget", "in_the_end"), [(0.001, Codec.RAW), (1000.0, Codec.PLANES_ZSTD)])
+def test_a_store_encodes_until_it_knows_its_drive_and_then_what_its_cores_manage(cpu_budget: float, in_the_end: Codec) -> None:
+    count = 4 * WINDOW_BYTES_MIN // MIB
+    block = bfloat16_block(MIB)
+    options = {"capacity": 512 * MIB, "buffer": 8 * MIB, "segment_bytes": 32 * MIB, "put_timeout_s": 30.0, "serve_clean": False}
+    rig = Rig(ManualClock(), cpu_budget=cpu_budget, **options)
+    space, core = rig.store.namespace(descriptor()), rig.store._core
+    keys = [b"%d" % number for number in range(count)]
+    for key in keys:
+        space.put(key, block)
+    assert rig.store.flush()
+    assert core.writer.drive_rate.bytes_per_s is not None
+    codecs = [Codec(entry.codec) for entry in core.find([space.digest + key for key in keys]) if entry is not None]
+    assert len(codecs) == count and codecs[0] is Codec.PLANES_ZSTD and codecs[-1] is in_the_end
+    outs = [np.empty(MIB, dtype=np.uint8) for _ in keys]
+    assert set(space.get_many_into(keys, outs)) == {Status.HIT}
+    assert all(np.array_equal(out, block) for out in outs)
+    assert core.reader.drive_rate.bytes_per_s is not None
+    rig.close()
+
+
+@pytest.mark.parametrize("cpu_budget", [0, -1, float("inf"), float("nan")])
+def test_a_budget_that_is_no_number_of_cores_is_refused(cpu_budget: float) -> None:
+    with pytest.raises(InvalidConfig, match="cpu_budget"):
+        StoreConfig.build(cpu_budget=cpu_budget)
+
+
+def test_the_budget_is_all_cores_unless_told_otherwise() -> None:
+    assert StoreConfig.build().cpu_budget == len(os.sched_getaffinity(0))
+    assert StoreConfig.build(cpu_budget=1.5).cpu_budget == 1.5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import threading
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import make_vectors
 import spec_reader
 from kvlode.format import frames
 from kvlode.format.checksum import xxh3_64
-from kvlode.format.codec import EncodedStripe, choose_codec, decode_stripe, encode_stripe
+from kvlode.format.codec import EncodedStripe, choose_codec, decode_stripe, encode_stripe, encoded_bytes_max
 from kvlode.format.errors import CorruptRecord
 from kvlode.format.layout import Codec
 from kvlode.format.planes import merge, split
@@ -191,6 +192,62 @@ def test_threads_encode_and_decode_at_once_without_sharing_memory() -> None:
     for thread in threads:
         thread.join()
     assert not failures
+
+
+# --- the two coders of frames -------------------------------------------------------------------------------------------
+
+CODERS = {"zstandard": frames._thorough_compressor()}
+if frames._zstd is not None:
+    CODERS["the zstd of Python"] = frames._sparse_compressor(frames._zstd)
+
+
+@pytest.mark.parametrize("name", CODERS)
+@settings(max_examples=100)
+@given(raw=CONTENTS, codec=CODECS, element_size=ELEMENTS)
+def test_stripes_of_either_coder_come_back(name: str, raw: np.ndarray, codec: Codec, element_size: int) -> None:
+    with mock.patch.object(frames._contexts, "compress", CODERS[name]):
+        stripe = encode_stripe(raw, codec, element_size)
+    stored = stored_bytes(stripe)
+    assert decoded(stored, stripe.entry, raw.size, element_size) == raw.tobytes()
+    if raw.size:
+        assert decoded_by_the_text(stored, stripe.entry, raw.size, element_size) == raw.tobytes()
+
+
+@pytest.mark.parametrize("name", CODERS)
+@pytest.mark.parametrize("size_bytes", [1, 2000, 1 << 15, 1 << 17, (1 << 18) + 5])
+def test_frames_declare_what_the_specification_asks_for(name: str, size_bytes: int) -> None:
+    frame = CODERS[name](content("few values", size_bytes, 1).data)
+    header = zstandard.get_frame_parameters(frame)
+    assert (header.content_size, header.dict_id, header.has_checksum) == (size_bytes, 0, False)
+    assert header.window_size <= max(size_bytes, frames.FRAME_WINDOW_BYTES_MIN)
+
+
+@pytest.mark.parametrize("name", CODERS)
+def test_either_coder_takes_exponents_text_and_runs_to_pieces(name: str) -> None:
+    exponents = bfloat16_values(1 << 17, 3)[1::2].copy()
+    assert len(CODERS[name](exponents.data)) < exponents.size / 2
+    assert len(CODERS[name](content("text", 1 << 17, 1).data)) < 1 << 12
+    assert len(CODERS[name](content("constant", 1 << 17, 1).data)) < 1 << 8
+
+
+def test_what_is_encoded_lies_in_the_memory_that_was_given_for_it() -> None:
+    for raw, codec, element_size in ONE_OF_EACH:
+        area = np.full(encoded_bytes_max(raw.size) + GUARD_BYTES, CANARY, dtype=np.uint8)
+        out = area[: encoded_bytes_max(raw.size)]
+        stripe = encode_stripe(raw, codec, element_size, out)
+        (part,) = stripe.parts
+        assert np.shares_memory(part, raw if codec is Codec.RAW else out)
+        assert (area[out.size :] == CANARY).all()
+        assert decoded(stored_bytes(stripe), stripe.entry, raw.size, element_size) == raw.tobytes()
+
+
+@settings(max_examples=100)
+@given(CONTENTS, CODECS, ELEMENTS)
+def test_encoding_stays_inside_the_memory_that_it_was_given(raw: np.ndarray, codec: Codec, element_size: int) -> None:
+    area = np.full(encoded_bytes_max(raw.size) + 2 * GUARD_BYTES, CANARY, dtype=np.uint8)
+    stripe = encode_stripe(raw, codec, element_size, area[GUARD_BYTES:-GUARD_BYTES])
+    assert (area[:GUARD_BYTES] == CANARY).all() and (area[-GUARD_BYTES:] == CANARY).all()
+    assert decoded(stored_bytes(stripe), stripe.entry, raw.size, element_size) == raw.tobytes()
 
 
 # --- planes ----------------------------------------------------------------------------------------------------------
