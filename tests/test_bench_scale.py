@@ -200,8 +200,7 @@ def test_a_witness_in_another_process_answers_for_phases_of_this_one() -> None:
     assert nothing == {"p50_ms": 0.0, "p99_ms": 0.0, "max_ms": 0.0}
 
 
-def test_stalls_are_told_by_phase_beside_those_of_the_machine(setting: Setting, small: KeysStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stalls, "REOPENINGS", 1)
+def test_stalls_are_told_by_phase_beside_those_of_the_machine(setting: Setting, small: KeysStore) -> None:
     items = {item.name: item for item in stalls.Stalls(small, setting).measure()}
     assert set(items) == {"gil_stall_p99.p99", "gil_stall_p99.max"}
     facts = items["gil_stall_p99.max"].absolute

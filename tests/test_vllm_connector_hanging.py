@@ -200,15 +200,18 @@ def test_a_reset_while_the_index_hangs_forgets_what_was_stored_and_what_was_on_i
 
 
 def test_a_load_that_the_index_holds_up_is_computed_and_leaves_its_memory_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    hanging = Hanging(monkeypatch, load_timeout_s=Hanging.TIMEOUT_S)
+    hanging = Hanging(monkeypatch, load_timeout_s=1.0)
     engine = hanging.engine
     engine.store(PREFIX)
+    engine.flush()
     request = Request(PREFIX)
     assert engine.matched(request) == len(PREFIX) * BLOCK_TOKENS
     hanging.index.hang(calls=0)
     engine.scheduler.update_state_after_alloc(request, GivenBlocks(list(range(8))), len(PREFIX) * BLOCK_TOKENS)
+    engine.step()
+    assert hanging.index.asked.wait(WAIT_S)
     engine.until(lambda: request.request_id in engine.received)
-    assert hanging.index.asked.is_set() and engine.failed == set(range(8))
+    assert engine.failed == set(range(8))
     engine.finish(request)
     overwrite(engine, range(8))
     before = [engine.read(block_id).copy() for block_id in range(8)]

@@ -115,7 +115,7 @@ class _PutLatency:
     def measure(self) -> list[Item]:
         setting = self._setting
         cache_bytes = last_level_cache_bytes()
-        ring_bytes = max(CACHE_TIMES * cache_bytes, 64 * MIB if setting.quick else 256 * MIB)
+        ring_bytes = max(CACHE_TIMES * cache_bytes, 32 * MIB if setting.quick else 256 * MIB)
         buffer_bytes = setting.rounds * self._round_bytes + cache_bytes + 64 * MIB
         if 2 * ring_bytes + 3 * buffer_bytes // 2 > available_memory_bytes():
             needed_gib = (2 * ring_bytes + 3 * buffer_bytes // 2) / 2**30

@@ -37,7 +37,7 @@ def measure_reopening(keys: KeysStore, setting: Setting) -> list[Item]:
 
 def killed_rounds(setting: Setting) -> int:
     """How often the store is filled and killed."""
-    return min(2 if setting.quick else KILLED_ROUNDS, setting.rounds)
+    return min(1 if setting.quick else KILLED_ROUNDS, setting.rounds)
 
 
 def _seconds_item(name: str, values: list[float], bar: Bar, keys: KeysStore) -> Item:

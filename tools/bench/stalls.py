@@ -173,7 +173,7 @@ class Stalls:
         self._flush("flush_raw", raw, 1, bytes_max)
         self._flush("flush_encoded", kv, 1, bytes_max)
         self._flush("commit", [bytes(SMALL_BLOCK_BYTES)], PUTS_PER_JOB, bytes_max, buffer_bytes=(2 if self._setting.quick else 16) * MIB)
-        for _ in range(REOPENINGS):
+        for _ in range(1 if self._setting.quick else REOPENINGS):
             self._open("reopen")
         destroy(self._keys.index_folder)
         self._open("rebuild")
