@@ -56,6 +56,8 @@ class AdapterConformance:
 
     takes_sets = False
     """Whether ``path`` may be a list of folders."""
+    refusal: type[Exception] = InvalidConfig
+    """What wrong settings end in."""
 
     def start(self, options: dict[str, Any], *, model: str = "model", dtype: str = "bfloat16", rank: int = 0, world: int = 1) -> Engine:
         """A new instance. ``options`` are the adapter's settings (``path`` and the store's); add ``load_timeout_s=LOAD_TIMEOUT_S``
@@ -221,7 +223,7 @@ class AdapterConformance:
     def test_a_list_of_folders_is_a_store_set_or_is_refused(self, tmp_path: Path) -> None:
         options: dict[str, Any] = {"path": [str(tmp_path / "one"), str(tmp_path / "two")], "own": 2}
         if not self.takes_sets:
-            with pytest.raises(InvalidConfig):
+            with pytest.raises(self.refusal):
                 self.start(options)
             return
         engine = self.stored_and_reopened(options)

@@ -85,12 +85,13 @@ class SglangPool(HostPool):
             setattr(self, name, types.MethodType(function, self))
 
 
-def backend_of(path: Path | str, pool: HostPool | None = None, *, config: dict[str, Any] | None = None, **extra: Any) -> Any:
+def backend_of(path: Path | str | list[str], pool: HostPool | None = None, *, config: dict[str, Any] | None = None, **extra: Any) -> Any:
     """A backend from SGLang's factory, registered as its controller does."""
     factory = importlib.import_module("sglang.srt.mem_cache.storage.backend_factory").StorageBackendFactory
     storage = importlib.import_module("sglang.srt.mem_cache.hicache_storage")
+    where = path if isinstance(path, list) else os.fspath(path)
     names = {"backend_name": "kvlode", "module_path": "kvlode.adapters.sglang", "class_name": "KvlodeHiCache"}
-    given = names | {"interface_v1": 1, "path": os.fspath(path)} | stand_ins.SMALL | extra
+    given = names | {"interface_v1": 1, "path": where} | stand_ins.SMALL | extra
     fields = dataclasses.asdict(stand_ins.StorageConfig(**(config or {}))) | {"extra_config": given}
     fields |= {"dcp_size": 1, "dcp_rank": 0}
     pool = pool or SglangPool()
