@@ -50,6 +50,8 @@ class CommitThread:
         self._thread = threading.Thread(target=self._run, name="kvlode-commit", daemon=True)
         self._ended = False
         self._held_back: LogBatch | SealWrite | list[Dropped] | Callable[[], None] | None = None
+        self._returned: list[bytes] = []
+        """Blocks of the group at hand that reclaim had given up, and that are in the log all the same."""
 
     def start(self) -> None:
         self._thread.start()
@@ -178,6 +180,8 @@ class CommitThread:
         self._catalog.change(changes)
         for batch in group:
             self._tell(batch)
+        self._catalog.events.add(EventKind.STORED, self._returned)
+        self._returned = []
 
     def _tell(self, batch: LogBatch) -> None:
         for kind, entries in itertools.groupby((entry for entry, _ in batch.entries), lambda entry: entry.kind):
@@ -193,16 +197,21 @@ class CommitThread:
         elif entry.kind is Kind.DROP:
             key, value = Catalog.floor_change(entry.namespace.digest, entry.version_seq)
             changes[key] = value
-        elif record is not None and self._still_at(entry, changes):
+        elif record is not None and self._belongs(entry, changes):
             changes[entry.ident] = record.pack()
             self._counters.add("reinserted_blocks")
             self._counters.add("reinserted_bytes", record.stored_length)
 
-    def _still_at(self, entry: Entry, changes: dict[bytes, bytes | None]) -> bool:
-        """Whether a reinserted block's entry still points at the copy that is being carried forward."""
+    def _belongs(self, entry: Entry, changes: dict[bytes, bytes | None]) -> bool:
+        """Whether a copy that was carried forward is what its key stands for: its entry points at the source, or is gone.
+
+        Gone means given up by reclaim, which called the copies off when this one was already on its way into the log. It was not
+        deleted: the writer lays no copy behind a change of its key. In the log it is the block, so it is in the index too.
+        """
         value = changes[entry.ident] if entry.ident in changes else self._catalog.values([entry.ident])[0]
         if value is None:
-            return False
+            self._returned.append(entry.ident)
+            return True
         current, source = IndexEntry.unpack(value), entry.reinsertion.header
         return (current.segment_id, current.offset) == (source.segment_id, source.offset)
 

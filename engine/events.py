@@ -1,7 +1,8 @@
 """What became of blocks, for hosts that keep an account of what a store holds (a router, vLLM's ``take_events``).
 
 A block is *stored* when it is durable, and *removed* when it was deleted, reclaimed or found damaged; a namespace is *cleared*
-by a drop. A block whose time to live has passed is removed by reclaim, later. Copies that reclaim makes are no events.
+by a drop. A block whose time to live has passed is removed by reclaim, later. Copies that reclaim makes are no events, but
+for one that it had given up before it was in the log: that block is *stored* again.
 """
 
 from __future__ import annotations

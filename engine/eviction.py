@@ -212,9 +212,10 @@ class Evictor:
         self._buffer.enqueue_reinsertion(entry)
 
     def _wanted(self, group: CopyForward, ident: bytes, segment_id: int, offset: int) -> Callable[[], bool]:
-        """Asked by the writer right before it places the copy: no change of the key is pending and the index still points here.
+        """Asked by the writer when it comes to the copy: no change of the key is pending and the index still points here.
 
-        This keeps a tombstone from ever lying in an earlier segment than a record it kills.
+        This keeps a tombstone from ever lying in an earlier segment than a record it kills. What is called off, or given up, between
+        this answer and the log stays the block of its key (``CommitThread``): a change of the key can only lie behind it.
         """
 
         def still_wanted() -> bool:

@@ -191,6 +191,50 @@ def test_a_block_put_anew_while_its_old_copy_is_read_keeps_the_new_bytes(scene: 
     scene.assert_holds(b"k", 2)
 
 
+@CRASHES
+def test_a_copy_that_reaches_the_log_after_it_was_called_off_is_found(scene: Scene, keep: Keep, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene.put(b"k", 1)
+    victim = scene.stop_reclaim_at_payload_of(b"k")
+    core = scene.rig.store._core
+    about_to_place, given_up = threading.Event(), threading.Event()
+    write_records, retire = core.writer._write_records, core.segments.retire
+
+    def write_when_given_up(records: list[Any]) -> None:  # between the answer that the copy is wanted and its place in the log
+        if any(record.entry.ident == scene.space.digest + b"k" for record in records):
+            about_to_place.set()
+            assert given_up.wait(30.0)
+        write_records(records)
+
+    def call_off(group: CopyForward, timeout_s: float) -> bool:
+        assert about_to_place.wait(30.0)
+        group.called_off = True
+        return False
+
+    def retire_and_tell(segment_id: int, now_s: float) -> None:
+        scene.assert_absent(b"k")
+        retire(segment_id, now_s)
+        given_up.set()
+
+    monkeypatch.setattr(core.writer, "_write_records", write_when_given_up)
+    monkeypatch.setattr(core.segments, "retire", retire_and_tell)
+    monkeypatch.setattr(CopyForward, "finish", call_off)
+    before = scene.rig.store.events().next
+    scene.go_on()
+    assert given_up.wait(30.0)
+    scene.fill()
+    assert scene.rig.store.flush(30.0)
+    assert eventually(lambda: scene.rig.segment_of(scene.space, b"k") not in (None, victim)), "in the log, and not in the index"
+    told = [(event.kind.value, list(event.keys)) for event in scene.rig.store.events(before).events if b"k" in event.keys]
+    assert [kind for kind, _ in told] == ["removed", "stored"]
+    scene.assert_holds(b"k", 1)
+    scene.rig.crash(1, keep=keep)
+    scene.assert_holds(b"k", 1)
+    scene.rig.crash(2, keep=keep, lose_index=True)
+    scene.assert_holds(b"k", 1)
+    delete(scene.space, b"k")
+    assert_gone_for_ever(scene, b"k", keep)
+
+
 # --- pins and copies in memory --------------------------------------------------------------------------------------
 
 
