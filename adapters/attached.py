@@ -48,17 +48,18 @@ class AttachedStore:
         Raises ``InvalidConfig`` for options that no store has. A store that cannot be opened is reported once and then absent.
         """
         path: Any = options.get("path")
-        folders: list[Any] = list(path) if sets and isinstance(path, (list, tuple)) else [path]
+        is_set = sets and isinstance(path, (list, tuple))
+        folders: list[Any] = list(path) if is_set else [path]
         if not folders or not all(isinstance(folder, str) and folder for folder in folders):
             expected = "path: a folder" + (", or a list of folders" if sets else "")
             raise InvalidConfig("an adapter needs the folder of its store", where=where, expected=expected, actual=path)
-        if folders[0] is path and "own" in options:
+        if not is_set and "own" in options:
             raise InvalidConfig("own is for a list of folders", where=where, expected="a list as path, or no own", actual=path)
         config = StoreConfig.build(**(DEFAULTS | {name: value for name, value in options.items() if name not in OWN_OPTIONS}))
         try:
-            if folders[0] is not path:
+            if is_set:
                 return cls(open_set(folders, config, own=options.get("own", 1)))
-            return cls(follow_store(folders[0], config) if follow else open_store(folders[0], config))
+            return cls(follow_store(path, config) if follow else open_store(path, config))
         except InvalidConfig:
             raise
         except (KvlodeError, OSError) as error:

@@ -127,6 +127,18 @@ def cut_spans(spans: Sequence[Span], start: int, stop: int) -> list[Span]:
     return parts
 
 
+def neighbours(sizes_bytes: Sequence[int], bytes_max: int, count_max: int | None = None) -> Iterator[range]:
+    """Positions cut into runs of up to ``bytes_max`` and ``count_max``: one large block, or several small ones."""
+    start, run_bytes = 0, 0
+    for position, size_bytes in enumerate(sizes_bytes):
+        if position > start and (run_bytes + size_bytes > bytes_max or position - start == count_max):
+            yield range(start, position)
+            start, run_bytes = position, 0
+        run_bytes += size_bytes
+    if sizes_bytes:
+        yield range(start, len(sizes_bytes))
+
+
 def copy_spans(sources: Sequence[HostSpan], targets: Sequence[HostSpan]) -> None:
     """Copy one run of bytes into another that is cut differently; both lie in host memory and are equally long.
 

@@ -9,16 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..format.codec import EncodedStripe, decode_stripe, encode_stripe, suited_codec
+from ..format.codec import EncodedStripe, decode_stripe, encode_stripe, sampled_ranges, suited_codec
 from ..format.layout import Codec
 from .arena import Bytes, one_span
 from .blocks import cut_spans
 from .codec_policy import CodecRates, Resources, encoded_share
 from .entry import Entry
 
-SAMPLE_SLICES = 3
-SAMPLE_SLICE_BYTES = 64 << 10
-"""A sample is so many slices of a block: its start, its middle, its end. It takes under a millisecond."""
 SAMPLE_INTERVAL_BYTES_MIN, SAMPLE_INTERVAL_BYTES_MAX = 4 << 20, 128 << 20
 """Raw bytes from one sample to the next, twice as many each time that the codec is the same: less than a hundredth of encoding them."""
 
@@ -107,10 +104,4 @@ def _rate(size_bytes: int, seconds: float) -> float:
 
 
 def _sample_of(entry: Entry) -> Bytes:
-    """Slices of a block at offsets that keep elements whole; all of a small one."""
-    size_bytes = entry.size_bytes
-    if size_bytes <= SAMPLE_SLICES * SAMPLE_SLICE_BYTES:
-        return one_span(cut_spans(entry.spans, 0, size_bytes))
-    last = (size_bytes - SAMPLE_SLICE_BYTES) // SAMPLE_SLICE_BYTES
-    starts = [last * index // (SAMPLE_SLICES - 1) * SAMPLE_SLICE_BYTES for index in range(SAMPLE_SLICES)]
-    return one_span([span for start in starts for span in cut_spans(entry.spans, start, start + SAMPLE_SLICE_BYTES)])
+    return one_span([span for start, stop in sampled_ranges(entry.size_bytes) for span in cut_spans(entry.spans, start, stop)])

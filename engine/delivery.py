@@ -97,16 +97,13 @@ class Delivery:
         except FormatError as damage:
             error = damage
         except Exception as defect:  # never leave a job without an answer
-            error = CorruptRecord("undecodable", where=self._where(), actual=repr(defect))
+            error = CorruptRecord("undecodable", where=place_of(self._header), actual=repr(defect))
         with self._lock:
             self._error = self._error or error
             self._remaining -= 1
             last = self._remaining == 0
         if last:
             self._conclude()
-
-    def _where(self) -> str:
-        return f"segment {self._header.segment_id:016x} offset {self._header.offset}"
 
     def _deliver(self, group: range) -> None:
         if self._request.direct:
@@ -130,11 +127,7 @@ class Delivery:
             for index in group:
                 start = index * header.stripe_bytes
                 stop = min(start + header.stripe_bytes, header.raw_length)
-                self._compare("stripe-checksum", xxh3_64(out.spans[0][start:stop]), self._stripes[index][5])
-
-    def _compare(self, check: str, actual: int, expected: int) -> None:
-        if actual != expected:
-            raise CorruptRecord(check, where=self._where(), expected=f"{expected:016x}", actual=f"{actual:016x}")
+                compare_checksums("stripe-checksum", self._header, xxh3_64(out.spans[0][start:stop]), self._stripes[index][5])
 
     def _decode(self, index: int) -> None:
         start = index * self._header.stripe_bytes
@@ -160,7 +153,7 @@ class Delivery:
         except FormatError as damage:
             self._error = damage
         except Exception as defect:
-            self._error = CorruptRecord("undeliverable", where=self._where(), actual=repr(defect))
+            self._error = CorruptRecord("undeliverable", where=place_of(self._header), actual=repr(defect))
         self._finish(self._error, self._verified)
 
     def _check_raw_bytes(self) -> None:
@@ -174,7 +167,18 @@ class Delivery:
             actual = self._hasher.intdigest()
         else:
             return  # the job was called off between two stripes
-        self._compare("raw-checksum", actual, self._header.raw_checksum)
+        compare_checksums("raw-checksum", self._header, actual, self._header.raw_checksum)
+
+
+def place_of(header: RecordHeader) -> str:
+    """Where a record lies, for messages."""
+    return f"segment {header.segment_id:016x} offset {header.offset}"
+
+
+def compare_checksums(check: str, header: RecordHeader, actual: int, expected: int) -> None:
+    """Raise ``CorruptRecord`` where they differ."""
+    if actual != expected:
+        raise CorruptRecord(check, where=place_of(header), expected=f"{expected:016x}", actual=f"{actual:016x}")
 
 
 def decode_part(stored: Bytes, stripe: StripeEntry, raw_bytes: int, element_size: int, targets: Sequence[HostSpan], first: int = 0) -> None:

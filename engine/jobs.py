@@ -122,25 +122,17 @@ class ReadJob(Job):
 
     def settle(self, position: int, status: Status, *, verified: bool = True) -> None:
         """Called by the store: the final status of one key. The first word counts, and none after the job was called off."""
-        with self._lock:
-            if self._statuses[position] is not Status.PENDING or self.cancelled:
-                return
-            self._statuses[position] = status
-            self._verified[position] = verified and status is Status.HIT
-            self._unsettled -= 1
-            last = self._unsettled == 0
-        if last:
-            self._finish()
+        self.settle_many([position], [status], verified=verified)
 
-    def settle_many(self, positions: Sequence[int], statuses: Sequence[Status]) -> None:
-        """As ``settle``, for several keys that are verified where they are hits."""
+    def settle_many(self, positions: Sequence[int], statuses: Sequence[Status], *, verified: bool = True) -> None:
+        """As ``settle``, for several keys at once."""
         with self._lock:
             if self.cancelled or not positions:
                 return
             for position, status in zip(positions, statuses, strict=True):
                 if self._statuses[position] is Status.PENDING:
                     self._statuses[position] = status
-                    self._verified[position] = status is Status.HIT
+                    self._verified[position] = verified and status is Status.HIT
                     self._unsettled -= 1
             last = self._unsettled == 0
         if last:

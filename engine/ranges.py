@@ -17,7 +17,7 @@ from ..gds.buffers import ByteArray, aligned_array
 from ..gds.device import DeviceFile
 from .blocks import BlockView
 from .contract import Status
-from .delivery import ReadRequest, decode_part
+from .delivery import ReadRequest, decode_part, place_of
 from .jobs import ReadJob
 from .reader import check_length, forget_frames
 from .reinsertion import load_header
@@ -89,8 +89,7 @@ def _read_stripes(file: DeviceFile, header: RecordHeader, first: int, last: int)
     count = file.read_now(page_start, [pages])
     check_length(file, page_start, pages.size, count)
     if count < ends[-1] - page_start:
-        where = f"segment {header.segment_id:016x} offset {header.offset}"
-        raise CorruptRecord("record-truncated", where=where, expected=f"{ends[-1] - page_start} bytes", actual=count)
+        raise CorruptRecord("record-truncated", where=place_of(header), expected=f"{ends[-1] - page_start} bytes", actual=count)
     return [pages[begin - page_start : end - page_start] for begin, end in zip(begins, ends, strict=True)]
 
 

@@ -5,18 +5,18 @@ What a read costs beside its bytes is the same for a block of 64 KiB as for one 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import numpy as np
 import xxhash
 
 from ..format.checksum import xxh3_64
-from ..format.errors import CorruptRecord, FormatError
+from ..format.errors import FormatError
 from ..format.layout import Codec
 from ..format.record import RecordHeader
-from .blocks import copy_spans
-from .delivery import ReadRequest, complete_in_place
+from .blocks import copy_spans, neighbours
+from .delivery import ReadRequest, compare_checksums, complete_in_place
 from .jobs import ReadJob
 
 PIECE_BYTES = 1 << 20
@@ -33,31 +33,29 @@ def is_whole(request: ReadRequest, header: RecordHeader) -> bool:
 def deliver_whole(job: ReadJob, items: Sequence[Item]) -> list[FormatError | None]:
     """Check and deliver; what is wrong with each. Of a job that was called off meanwhile nothing is touched, and nothing is told."""
     errors: list[FormatError | None] = []
-    for batch in _batches(items):
+    for run in neighbours([header.raw_length for _, header in items], PIECE_BYTES):
+        batch = items[run.start : run.stop]
         if len(batch) == 1 and batch[0][1].raw_length > PIECE_BYTES:
-            errors.append(_deliver_large(job, *batch[0]))
+            errors.append(_error_of(_deliver_large, job, *batch[0]))
             continue
         with job.delivering() as allowed:
-            errors += [_deliver_small(*item) if allowed else None for item in batch]
+            errors += [_error_of(_deliver_small, *item) if allowed else None for item in batch]
     return errors
 
 
-def _batches(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
-    """Neighbours of up to ``PIECE_BYTES`` together, at least one."""
-    start, size_bytes = 0, 0
-    for position, (_, header) in enumerate(items):
-        if position > start and size_bytes + header.raw_length > PIECE_BYTES:
-            yield items[start:position]
-            start, size_bytes = position, 0
-        size_bytes += header.raw_length
-    if items:
-        yield items[start:]
+def _error_of(deliver: Callable[..., None], *arguments: object) -> FormatError | None:
+    try:
+        deliver(*arguments)
+    except FormatError as error:
+        return error
+    return None
 
 
-def _deliver_small(request: ReadRequest, header: RecordHeader) -> FormatError | None:
+def _deliver_small(request: ReadRequest, header: RecordHeader) -> None:
     if request.direct:
         complete_in_place(request)
-        return _difference(header, xxh3_64(request.out.spans[0]))
+        compare_checksums("raw-checksum", header, xxh3_64(request.out.spans[0]), header.raw_checksum)
+        return
     assert request.payload is not None
     payload = request.payload[: header.raw_length]
     spans = request.out.spans
@@ -65,13 +63,15 @@ def _deliver_small(request: ReadRequest, header: RecordHeader) -> FormatError | 
         np.copyto(spans[0], payload)
     else:
         copy_spans([payload], spans)
-    return _difference(header, xxh3_64(payload))
+    compare_checksums("raw-checksum", header, xxh3_64(payload), header.raw_checksum)
 
 
-def _deliver_large(job: ReadJob, request: ReadRequest, header: RecordHeader) -> FormatError | None:
+def _deliver_large(job: ReadJob, request: ReadRequest, header: RecordHeader) -> None:
     if request.direct:
         with job.delivering() as allowed:
-            return _deliver_small(request, header) if allowed else None
+            if allowed:
+                _deliver_small(request, header)
+        return
     assert request.payload is not None
     hasher = xxhash.xxh3_64()
     for start in range(0, header.raw_length, PIECE_BYTES):
@@ -79,13 +79,6 @@ def _deliver_large(job: ReadJob, request: ReadRequest, header: RecordHeader) -> 
         hasher.update(piece.data)
         with job.delivering() as allowed:
             if not allowed:
-                return None
+                return
             copy_spans([piece], request.out.slice(start, start + piece.size))
-    return _difference(header, hasher.intdigest())
-
-
-def _difference(header: RecordHeader, actual: int) -> FormatError | None:
-    if actual == header.raw_checksum:
-        return None
-    where = f"segment {header.segment_id:016x} offset {header.offset}"
-    return CorruptRecord("raw-checksum", where=where, expected=f"{header.raw_checksum:016x}", actual=f"{actual:016x}")
+    compare_checksums("raw-checksum", header, hasher.intdigest(), header.raw_checksum)

@@ -177,7 +177,6 @@ class Reader:
             self._segments.unpin(extent.segment_id)
         if read_bytes is None:
             self._release_slot(extent)
-            self._settle(job, extent, Status.CANCELLED)
             return 0
         self._deliver(job, extent, read_bytes, stream)
         return sum(request.entry.stored_length for request in extent.requests)
@@ -195,11 +194,11 @@ class Reader:
         return read_bytes
 
     def _not_read(self, job: ReadJob, extent: _Extent) -> None:
-        """Cancelled; or freed since the index was asked, or its file is lost: the entry must not promise it for ever."""
+        """Called off; or freed since the index was asked, or its file is lost: the entry must not promise it for ever."""
         if not job.cancelled:
             for request in extent.requests:
                 self._on_useless(request, None)
-        self._settle(job, extent, Status.CANCELLED if job.cancelled else Status.MISS)
+            self._settle(job, extent, Status.MISS)
 
     def _lay_out(self, extent: _Extent) -> list[Any]:
         """The list of buffers in file order: destinations, and bounce memory for all that is not read straight into one."""

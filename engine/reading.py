@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .blocks import BlockView, cut_spans
+from .blocks import BlockView, cut_spans, neighbours
 from .contract import Status
 from .delivery import ReadRequest
 from .entry import Entry
@@ -39,7 +39,7 @@ def read_blocks(
     ``part_start``: the destinations are for the bytes from there on, not for whole blocks.
     """
     pending: list[int] = []
-    for group in _groups(outs):
+    for group in neighbours([out.nbytes for out in outs], GROUP_BYTES, GROUP_BLOCKS_MAX):
         pending += _serve_from_buffer(core, namespace, job, group, keys, outs, stream, part_start)
     idents = [namespace + keys[position] for position in pending]
     found = core.find(idents) if pending else []
@@ -71,18 +71,6 @@ def _fits(size_bytes: int, out: BlockView, part_start: int | None) -> bool:
     return size_bytes == out.nbytes if part_start is None else part_start + out.nbytes <= size_bytes
 
 
-def _groups(outs: Sequence[BlockView]) -> Iterator[range]:
-    """Neighbouring positions that are served in one step: one large block, or several small ones."""
-    start, size_bytes = 0, 0
-    for position, out in enumerate(outs):
-        if position > start and (size_bytes + out.nbytes > GROUP_BYTES or position - start == GROUP_BLOCKS_MAX):
-            yield range(start, position)
-            start, size_bytes = position, 0
-        size_bytes += out.nbytes
-    if start < len(outs):
-        yield range(start, len(outs))
-
-
 def _serve_from_buffer(
     core: Core,
     namespace: bytes,
@@ -94,10 +82,9 @@ def _serve_from_buffer(
     part_start: int | None,
 ) -> list[int]:
     """Settle the keys that the buffer answers; the positions of those for which the index has to be asked."""
-    idents = [namespace + keys[position] for position in group]
     if job.cancelled:
-        job.settle_many(group, [Status.CANCELLED] * len(group))
         return []
+    idents = [namespace + keys[position] for position in group]
     start, now_ns = part_start or 0, core.clock.now_ns()
     answered: list[int] = []
     statuses: list[Status] = []

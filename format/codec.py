@@ -170,7 +170,7 @@ def decode_stripe(stored: Bytes, entry: np.void | StripeEntry, out: Bytes, eleme
 
 def choose_codec(sample: Bytes, element_size: int) -> Codec:
     """The codec that suits blocks like ``sample``: encodes a few slices of it; below 1/16 saved, raw."""
-    slices = _choice_slices(sample)
+    slices = [sample[start:stop] for start, stop in sampled_ranges(sample.size)]
     stored = {codec: sum(encode_stripe(part, codec, element_size).stored_length for part in slices) for codec in Codec}
     return suited_codec(stored, sum(part.size for part in slices), element_size)
 
@@ -185,10 +185,10 @@ def suited_codec(stored_bytes: Mapping[Codec, int], raw_bytes: int, element_size
     return Codec.PLANES_ZSTD if splits else Codec.ZSTD
 
 
-def _choice_slices(sample: Bytes) -> list[Bytes]:
-    """Up to three slices from the start, middle and end, at offsets that keep elements whole."""
-    if sample.size <= _CHOICE_SLICES * _CHOICE_SLICE_BYTES:
-        return [sample]
-    last = (sample.size - _CHOICE_SLICE_BYTES) // STRIPE_ALIGNMENT_BYTES
+def sampled_ranges(size_bytes: int) -> list[tuple[int, int]]:
+    """Where to look at so many bytes to choose a codec: start, middle and end, at offsets that keep elements whole; all of a few."""
+    if size_bytes <= _CHOICE_SLICES * _CHOICE_SLICE_BYTES:
+        return [(0, size_bytes)]
+    last = (size_bytes - _CHOICE_SLICE_BYTES) // STRIPE_ALIGNMENT_BYTES
     starts = [last * index // (_CHOICE_SLICES - 1) * STRIPE_ALIGNMENT_BYTES for index in range(_CHOICE_SLICES)]
-    return [sample[start : start + _CHOICE_SLICE_BYTES] for start in starts]
+    return [(start, start + _CHOICE_SLICE_BYTES) for start in starts]

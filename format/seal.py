@@ -324,9 +324,7 @@ def _parse_toc_header(data: bytes, where: object) -> tuple[int, int]:
         raise CorruptRecord("magic", where=where, expected=TOC_MAGIC.hex(), actual=data[:8].hex())
     row = TOC_TABLE.unpack(data[: TOC_TABLE.size_bytes], where=where)
     if row.version > FORMAT_VERSION:
-        raise UnsupportedFormat(
-            "a table of contents of a newer format", where=where, actual=row.version, action="Use a newer kvlode."
-        )
+        raise UnsupportedFormat("a table of contents of a newer format", where=where, actual=row.version, action="Use a newer kvlode.")
     shape = (row.version, row.header_bytes, row.column_count)
     if shape != (FORMAT_VERSION, TOC_TABLE.size_bytes, len(COLUMNS)):
         raise CorruptRecord("toc-header", where=where, expected=(FORMAT_VERSION, TOC_TABLE.size_bytes, len(COLUMNS)), actual=shape)

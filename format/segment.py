@@ -63,9 +63,7 @@ class SegmentHeader:
         if not 1 <= row.epoch <= EPOCH_MAX:
             raise CorruptRecord("epoch", where=where, expected=f"1 to {EPOCH_MAX}", actual=row.epoch)
         if row.first_live_segment > row.segment_id:
-            raise CorruptRecord(
-                "first-live-segment", where=where, expected=f"at most {row.segment_id}", actual=row.first_live_segment
-            )
+            raise CorruptRecord("first-live-segment", where=where, expected=f"at most {row.segment_id}", actual=row.first_live_segment)
         return cls(**{name: getattr(row, name) for name in cls.__slots__})
 
     @classmethod

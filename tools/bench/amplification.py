@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
-from pathlib import Path
 
-PROCESS_COUNTERS = Path("/proc/self/io")
-DRIVE_COUNTERS = Path("/proc/diskstats")
+from .machine import device_write_bytes, text_of
+
+DRIVE_COUNTERS = "/proc/diskstats"
 SECTOR_BYTES = 512
 """Of /proc/diskstats, whatever the drive's own are."""
 _SECTORS_WRITTEN = 9
@@ -28,8 +27,7 @@ class Written:
     @classmethod
     def now(cls, folder: str) -> Written:
         """The counters at this moment; ``folder`` lies on the drive that is meant."""
-        match = re.search(r"^write_bytes: (\d+)$", _text(PROCESS_COUNTERS), re.MULTILINE)
-        return cls(int(match.group(1)) if match else 0, drive_write_bytes(_text(DRIVE_COUNTERS), os.stat(folder).st_dev))
+        return cls(device_write_bytes(), drive_write_bytes(text_of(DRIVE_COUNTERS), os.stat(folder).st_dev))
 
     def since(self, before: Written) -> Written:
         """What was written between two readings."""
@@ -46,11 +44,3 @@ def drive_write_bytes(counters: str, device: int) -> int | None:
         if fields[:2] == [str(os.major(device)), str(os.minor(device))] and len(fields) > _SECTORS_WRITTEN:
             return int(fields[_SECTORS_WRITTEN]) * SECTOR_BYTES
     return None
-
-
-def _text(path: Path) -> str:
-    """Empty where the kernel does not count, or does not tell."""
-    try:
-        return path.read_text()
-    except OSError:
-        return ""

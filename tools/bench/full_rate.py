@@ -12,7 +12,7 @@ from typing import Any
 from ...engine.store import DiskStore
 from ...format.errors import KvlodeError
 from ...format.layout import round_up_pages
-from .workload import bench_key, bench_namespace
+from .workload import bench_key, bench_namespace, check_accepted
 
 FULL_WAIT_S = 60.0
 _runs = itertools.count()
@@ -73,9 +73,10 @@ class FullRate:
             numbers = range(number, number + self._blocks_per_call)
             keys = [bench_key(each, salt=self._salt) for each in numbers]
             job = space.submit_put(keys, [self._blocks[each % len(self._blocks)] for each in numbers], chained=False)
-            refused = [status for status in job.statuses if not status]
-            if refused:
-                self._error = KvlodeError("a put was refused", where=self._store.path, actual=refused[0].reason)
+            try:
+                check_accepted(job.statuses)
+            except KvlodeError as error:
+                self._error = error
                 break
             put_bytes += len(numbers) * round_up_pages(self._block_bytes)
             if put_bytes >= self._store.config.buffer_bytes:

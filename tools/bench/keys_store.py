@@ -27,7 +27,7 @@ from ...format.layout import INDEX_FOLDER
 from .page_cache import forget_pages
 from .processes import Say, child_process, events_of, wait_for
 from .setting import Setting
-from .workload import MIB, SMALL_BLOCK_BYTES, bench_key, bench_namespace, opened
+from .workload import MIB, SMALL_BLOCK_BYTES, bench_key, bench_namespace, check_accepted, flush, opened
 
 BYTES_A_KEY = 8192
 """A small block in the log: its header's page and its own."""
@@ -104,8 +104,7 @@ def fill(say: Say, path: str, start: int, count: int, options: dict[str, Any]) -
         for position in range(start, start + count, FILL_STEP_KEYS):
             put_small(space, range(position, min(position + FILL_STEP_KEYS, start + count)))
             say(event="progress", keys=min(position + FILL_STEP_KEYS, start + count))
-        if not store.flush():
-            raise KvlodeError("the keys could not be flushed", where=path, actual=store.stats()["counters"])
+        flush(store)
         say(event="durable", keys=start + count)
         surplus = start + count
         while True:  # killed in the middle of its work
@@ -119,9 +118,7 @@ def put_small(space: BlockSpace, numbers: range) -> None:
     for start in range(numbers.start, numbers.stop, PUTS_PER_JOB):
         part = range(start, min(start + PUTS_PER_JOB, numbers.stop))
         job = space.submit_put([bench_key(number) for number in part], [block] * len(part), chained=False)
-        refused = [status for status in job.statuses if not status]
-        if refused:
-            raise KvlodeError("a put was refused", actual=refused[0].reason)
+        check_accepted(job.statuses)
 
 
 def make_up(say: Say, path: str, count: int, options: dict[str, Any]) -> None:

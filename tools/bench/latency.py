@@ -22,7 +22,7 @@ from .figures import Bar, Item, abba, skipped_item, value_item
 from .full_rate import FullRate
 from .machine import available_memory_bytes, device_read_bytes, last_level_cache_bytes
 from .setting import Setting
-from .workload import MIB, Blocks, bench_key, bench_namespace, check_blocks, opened
+from .workload import MIB, Blocks, bench_key, bench_namespace, check_accepted, check_blocks, flush, opened
 
 NAMES = ("put_latency", "put_p99", "read_p99_under_write")
 
@@ -163,12 +163,7 @@ class _PutLatency:
             nonlocal last
             self._number += 1
             last = bench_key(self._number, salt="put-latency"), sources.next(block_bytes)
-            started = time.perf_counter()
-            status = space.put(*last)
-            ended = time.perf_counter()
-            if not status:
-                raise KvlodeError("a put was refused", where=store.path, actual=status.reason)
-            return (ended - started) * 1e6
+            return _timed_put_us(space, *last)
 
         def copy_arm(_: int) -> float:
             source, target = sources.next(block_bytes), targets.next(block_bytes)
@@ -180,8 +175,7 @@ class _PutLatency:
             pairs += zip(*abba(min(burst, count - start), put_arm, copy_arm), strict=True)
             if space.get_into(last[0], found) != 0 or not np.array_equal(found, last[1]):
                 self._void = "a block did not come back as it was put"
-            if not store.flush():
-                raise KvlodeError("the blocks could not be flushed", where=store.path, actual=store.stats()["counters"])
+            flush(store)
         return pairs
 
 
@@ -245,8 +239,7 @@ def _put_p99(setting: Setting) -> Item:
             rates.append(count * block_bytes / (time.perf_counter() - started) / 1e9)
             ratios.append(float(np.percentile(puts_us, 99)) / statistics.median(puts_us))
             all_us += puts_us
-            if not store.flush():
-                raise KvlodeError("the blocks could not be flushed", where=path, actual=store.stats()["counters"])
+            flush(store)
     shutil.rmtree(path)
     facts = {
         "block_bytes": block_bytes,
@@ -264,8 +257,7 @@ def _timed_put_us(space: BlockSpace, key: bytes, block: ByteArray) -> float:
     started = time.perf_counter()
     status = space.put(key, block)
     ended = time.perf_counter()
-    if not status:
-        raise KvlodeError("a put was refused", actual=status.reason)
+    check_accepted([status])
     return (ended - started) * 1e6
 
 
@@ -314,8 +306,7 @@ class _ReadUnderWrite:
             yield store
 
     def _idle_arm(self, store: DiskStore) -> float:
-        if not store.flush():
-            raise KvlodeError("the blocks could not be flushed", where=store.path, actual=store.stats()["counters"])
+        flush(store)
         return self._read_p99_ms(store, "idle", None)
 
     def _writing_arm(self, store: DiskStore) -> float:

@@ -36,13 +36,13 @@ def machine_facts(folder: str) -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    match = re.search(r"^model name\s*:\s*(.+)$", _text("/proc/cpuinfo"), re.MULTILINE)
+    match = re.search(r"^model name\s*:\s*(.+)$", text_of("/proc/cpuinfo"), re.MULTILINE)
     return match.group(1) if match else platform.machine()
 
 
 def last_level_cache_bytes() -> int:
     """Size of the largest cache that the first processor sees, or an assumption where the system does not say."""
-    sizes = [_cache_bytes(_text(str(path))) for path in _CACHE_FOLDER.glob("index*/size")]
+    sizes = [_cache_bytes(text_of(str(path))) for path in _CACHE_FOLDER.glob("index*/size")]
     return max(sizes, default=LAST_LEVEL_CACHE_BYTES_ASSUMED)
 
 
@@ -53,19 +53,28 @@ def _cache_bytes(text: str) -> int:
 
 def available_memory_bytes() -> int:
     """Memory that can be used without swapping."""
-    match = re.search(r"^MemAvailable:\s+(\d+) kB", _text("/proc/meminfo"), re.MULTILINE)
+    match = re.search(r"^MemAvailable:\s+(\d+) kB", text_of("/proc/meminfo"), re.MULTILINE)
     return int(match.group(1)) << 10 if match else 0
 
 
 def device_read_bytes() -> int:
     """Bytes that this process has made the kernel fetch from drives: reads from the page cache are not among them."""
-    match = re.search(r"^read_bytes: (\d+)$", _text("/proc/self/io"), re.MULTILINE)
+    return _process_bytes("read_bytes")
+
+
+def device_write_bytes() -> int:
+    """Bytes that this process has caused to be written to drives: O_DIRECT writes, and pages that it dirtied."""
+    return _process_bytes("write_bytes")
+
+
+def _process_bytes(name: str) -> int:
+    match = re.search(rf"^{name}: (\d+)$", text_of("/proc/self/io"), re.MULTILINE)
     return int(match.group(1)) if match else 0
 
 
 def anonymous_bytes() -> int:
     """Private memory of this process that is really there (file pages, such as those of tables, are the kernel's to drop)."""
-    match = re.search(r"^RssAnon:\s+(\d+) kB", _text("/proc/self/status"), re.MULTILINE)
+    match = re.search(r"^RssAnon:\s+(\d+) kB", text_of("/proc/self/status"), re.MULTILINE)
     return int(match.group(1)) << 10 if match else 0
 
 
@@ -81,7 +90,7 @@ def check_free_space(folder: str, needed_bytes: int) -> None:
         )
 
 
-def _text(path: str) -> str:
+def text_of(path: str) -> str:
     """A small file of the kernel; empty where it does not exist or may not be read."""
     try:
         return Path(path).read_text()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...engine.config import StoreConfig
+from ...engine.contract import PutStatus
 from ...engine.opening import Environment, open_store
 from ...engine.store import DiskStore
 from ...format.checksum import xxh3_64
@@ -85,11 +86,21 @@ class Blocks:
             numbers = range(start, min(start + step, self.count))
             keys = self.keys[numbers.start : numbers.stop]
             job = space.submit_put(keys, [self[number] for number in numbers], parent=self.keys[start - 1] if start else None)
-            refused = [status for status in job.statuses if not status]
-            if refused:
-                raise KvlodeError("a put was refused", where=store.path, actual=refused[0].reason)
-        if not store.flush(PUT_TIMEOUT_S):
-            raise KvlodeError("the blocks could not be flushed", where=store.path, actual=store.stats()["counters"])
+            check_accepted(job.statuses)
+        flush(store, PUT_TIMEOUT_S)
+
+
+def check_accepted(statuses: Sequence[PutStatus]) -> None:
+    """Raise ``KvlodeError`` when a put was refused."""
+    refused = [status for status in statuses if not status]
+    if refused:
+        raise KvlodeError("a put was refused", actual=refused[0].reason)
+
+
+def flush(store: DiskStore, timeout_s: float | None = None) -> None:
+    """Make everything durable. Raises ``KvlodeError`` when that does not succeed."""
+    if not store.flush(timeout_s):
+        raise KvlodeError("the blocks could not be flushed", where=store.path, actual=store.stats()["counters"])
 
 
 @dataclass(frozen=True, slots=True)
