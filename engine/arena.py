@@ -19,8 +19,8 @@ CHUNKS_MIN = 8
 class Allocation:
     """Memory of one block: ``spans`` in order, the last one longer than needed by less than a page."""
 
-    chunks: npt.NDArray[np.intp]
-    """Empty once it was released."""
+    chunks: npt.NDArray[np.intp] | int
+    """The one that it lies in, or several; empty once it was released."""
     spans: tuple[Bytes, ...]
 
 
@@ -53,13 +53,24 @@ class ChunkArena:
     def free_bytes(self) -> int:
         """Bytes that ``allocate`` can hand out now."""
         free = self.chunk_count - int(np.count_nonzero(self._references))
-        tail = self.chunk_bytes - self._fill_bytes if self._references[self._current] else 0
-        return free * self.chunk_bytes + tail
+        return free * self.chunk_bytes + self._tail_bytes
+
+    @property
+    def _tail_bytes(self) -> int:
+        """What is left of the chunk that was begun."""
+        return self.chunk_bytes - self._fill_bytes if self._references[self._current] else 0
+
+    def fits(self, size_bytes: int) -> bool:
+        """Whether ``allocate`` would hand out so much now. Small blocks nearly always fit into the chunk that was begun."""
+        wanted = round_up_pages(size_bytes)
+        return wanted <= self._tail_bytes or wanted <= self.free_bytes
 
     def allocate(self, size_bytes: int) -> Allocation | None:
         """Page-aligned memory for a block, or ``None`` when the free chunks do not hold it."""
         wanted = round_up_pages(size_bytes)
-        fill = self._fill_bytes if self._references[self._current] else self.chunk_bytes
+        fill = self.chunk_bytes - self._tail_bytes
+        if 0 < wanted <= self.chunk_bytes - fill:
+            return self._allocate_in_current(fill, wanted)
         fresh = -(-max(0, wanted - (self.chunk_bytes - fill)) // self.chunk_bytes)
         free = np.flatnonzero(self._references == 0)[:fresh] if fresh else _NO_CHUNKS
         if free.size < fresh:
@@ -82,6 +93,13 @@ class ChunkArena:
             fill = pieces[-1][1] - last * self.chunk_bytes
             self._current, self._fill_bytes = last, fill  # no call from here to the end
         self._references[chunks] += 1
+        return allocation
+
+    def _allocate_in_current(self, fill: int, wanted: int) -> Allocation:
+        start = self._current * self.chunk_bytes + fill
+        allocation = Allocation(self._current, (self._memory[start : start + wanted],))
+        self._fill_bytes = fill + wanted  # no call from here to the end
+        self._references[self._current] += 1
         return allocation
 
     def release(self, allocation: Allocation) -> None:

@@ -13,7 +13,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 
 from ..format.errors import StoreClosed
-from ..format.layout import PAGE_BYTES, round_up_pages
+from ..format.layout import PAGE_BYTES
 from ..gds.monitor import Monitor
 from ..gds.prefault import Prefault
 from .arena import Bytes, ChunkArena
@@ -33,7 +33,7 @@ class Buffer:
     call between them, and what can be left half done can be done again.
     """
 
-    def __init__(self, memory: Bytes, *, serve_clean: bool, next_sequence: Callable[[], int]) -> None:
+    def __init__(self, memory: Bytes, *, serve_clean: bool, next_sequence: Callable[[], int], batch_bytes: int = 0) -> None:
         self.changed = Monitor()
         self.lock = self.changed.lock
         self.entries: dict[bytes, Entry] = {}
@@ -53,6 +53,8 @@ class Buffer:
         self._serve_clean = serve_clean
         self._closed = False
         self._next_sequence = next_sequence
+        self.due_bytes = min(batch_bytes, self.capacity_bytes // 4)
+        """From so many unwritten bytes on the writer has work; until then a put does not wake it."""
 
     @property
     def capacity_bytes(self) -> int:
@@ -74,7 +76,8 @@ class Buffer:
             if reserved is not False or remaining_s <= 0:
                 return reserved
             # room appears when something was settled or a reader let go of a block that was to leave
-            self._wait_for_readers(lambda seen=settled: self._closed or self.tickets_settled != seen or self._fits(size_bytes), remaining_s)  # type: ignore[misc]
+            moved = lambda seen=settled: self._closed or self.tickets_settled != seen or self._arena.fits(size_bytes)  # type: ignore[misc]  # noqa: E731
+            self._wait_for_readers(moved, remaining_s)
 
     def _try_reserve(self, entry: Entry, size_bytes: int, now_ns: int, own_memory: bool) -> bool | None:
         self._check_open()
@@ -98,15 +101,12 @@ class Buffer:
         self.entries[entry.ident] = entry
         return True
 
-    def _fits(self, size_bytes: int) -> bool:
-        return self._arena.free_bytes >= round_up_pages(size_bytes)
-
     def _make_room(self, size_bytes: int) -> bool:
         """Drop clean blocks, least recently used first, until ``size_bytes`` fit; False when they do not suffice."""
-        if self._fits(size_bytes):
+        if self._arena.fits(size_bytes):
             return True
         for _ in range(len(self._clean)):
-            if self._fits(size_bytes + self._arena.chunk_bytes):
+            if self._arena.fits(size_bytes + self._arena.chunk_bytes):
                 break
             ident, entry = next(iter(self._clean.items()))
             if self._held(entry):
@@ -114,7 +114,7 @@ class Buffer:
             else:
                 self._forget(entry)
                 self._clean.pop(ident, None)
-        return self._fits(size_bytes)
+        return self._arena.fits(size_bytes)
 
     def forget_clean(self, idents: Iterable[bytes]) -> None:
         """These blocks left the drive: as long as copies here answered for them, a put would not store them again."""
@@ -192,8 +192,11 @@ class Buffer:
         entry.ticket = self.tickets_queued = self.tickets_queued + 1
         self.dirty_bytes += entry.size_bytes
         self.unwritten_bytes += entry.size_bytes
+        first = not self.queue
         self.queue.append(entry)
-        self.changed.notify_all()
+        # The first change starts the writer's clock. Waking it for nothing costs more than the copy of a small block.
+        if first or self.unwritten_bytes >= self.due_bytes or entry.ticket <= self.flush_target:
+            self.changed.notify_all()
 
     def _hide(self, entry: Entry) -> None:
         """Make an entry invisible; a clean block's memory is freed, a dirty one's when the log is done with it."""

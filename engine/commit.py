@@ -32,6 +32,8 @@ from .stats import Counters
 logger = logging.getLogger("kvlode")
 Answer = TypeVar("Answer")
 GROUP_BATCHES_MAX = 16
+SETTLED_AT_ONCE_MAX = 64
+"""So that a put never waits for long behind the settling of others."""
 PURGE_ENTRIES = 500
 RETRY_S = 1.0
 _EVENTS = {Kind.BLOCK: EventKind.STORED, Kind.TOMBSTONE: EventKind.REMOVED, Kind.DROP: EventKind.CLEARED}
@@ -234,8 +236,11 @@ class CommitThread:
             self._settle_dropped(item)
 
     def _in_turn(self, settlements: list[tuple[Entry, PutStatus]]) -> None:
-        for entry, status in sorted(settlements, key=lambda pair: pair[0].ticket):
-            self._buffer.settle([entry], status, keep_readable=self._health.failure is not None)
+        """Settle in the order of tickets, some at a time: a lock and a wake-up each would cost more than small blocks do."""
+        for status, pairs in itertools.groupby(sorted(settlements, key=lambda pair: pair[0].ticket), key=lambda pair: pair[1]):
+            entries = [entry for entry, _ in pairs]
+            for start in range(0, len(entries), SETTLED_AT_ONCE_MAX):
+                self._buffer.settle(entries[start : start + SETTLED_AT_ONCE_MAX], status, keep_readable=self._health.failure is not None)
 
     def _finish_seal(self, seal: SealWrite) -> None:
         """A sealed segment is cut to its size and durable before anything of the next one is committed."""

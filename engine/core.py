@@ -103,6 +103,7 @@ class Core:
             aligned_array(self.config.buffer_bytes if not self.follower else MIB),
             serve_clean=self.config.serve_clean,
             next_sequence=self.sequence,
+            batch_bytes=self.config.batch_bytes,
         )
         self.pins = PinTable(self.budget.for_segments(0, 0), self._record_bytes)
         self._encode_pool = WorkerPool("kvlode-encode", self.config.encode_threads)

@@ -27,6 +27,7 @@ RAW_UNLESS_SAVED = 16
 STRIPES_PER_TASK = 4
 IN_ORDER_BYTES_MAX = 8 << 20
 """A raw block up to this size is hashed by one thread; there are others in a batch for the rest of them."""
+SMALL_BYTES_MAX = 256 << 10
 KEPT_BYTES = 24 << 20
 """Memory that stays for encoded stripes: what a batch of the usual size needs. It is taken as it is touched."""
 
@@ -109,11 +110,25 @@ class _Encoding:
         return self._assemble(encoded, parts, stored_bytes, intact)
 
     def _assemble(self, encoded: list[EncodedStripe], parts: list[Bytes], stored_bytes: int, intact: bool) -> EncodedBlock:
-        table = np.zeros(len(encoded), dtype=STRIPE_DTYPE)
-        for row, stripe in zip(table, encoded, strict=True):
-            row["stored_length"], row["first_plane_length"] = stripe.stored_length, stripe.first_plane_length
-            row["codec"], row["plane_flags"], row["checksum"] = int(stripe.codec), stripe.plane_flags, stripe.checksum
+        table = np.array([stripe.entry for stripe in encoded], dtype=STRIPE_DTYPE)
         return EncodedBlock(self.codec, self.stripe_bytes, table, stored_bytes, parts, intact)
+
+
+class _Small:
+    """A raw block of one short stripe: hashed by the thread that writes it, for handing it to another takes longer. The stripe is the
+    block, and so is its checksum."""
+
+    def __init__(self, entry: Entry, stripe_bytes: int) -> None:
+        self._entry = entry
+        self._stripe_bytes = stripe_bytes
+
+    def finish(self) -> EncodedBlock:
+        """See ``_Encoding.finish``."""
+        entry = self._entry
+        checksum = xxh3_64(*cut_spans(entry.spans, 0, entry.size_bytes))
+        table = np.array([EncodedStripe((), entry.size_bytes, 0, Codec.RAW, 0, checksum).entry], dtype=STRIPE_DTYPE)
+        intact = checksum == entry.raw_checksum
+        return EncodedBlock(Codec.RAW, self._stripe_bytes, table, entry.size_bytes, list(entry.spans), intact)
 
 
 _PADDING = np.zeros(16, dtype=np.uint8)
@@ -144,10 +159,15 @@ class Encoder:
         """What was encoded so far is done with (written, or copied to be): its memory is used again from here on."""
         self._used_bytes = 0
 
-    def start(self, entry: Entry) -> _Encoding:
+    def start(self, entry: Entry) -> _Encoding | _Small:
         """Begin to encode a block; ``finish`` of the answer waits for it."""
         namespace = entry.namespace
-        return _Encoding(entry, namespace.codec_choice.choose(entry), namespace.stripe_bytes, self._pool, self._take)
+        codec = namespace.codec_choice.choose(entry)
+        if codec is Codec.RAW and entry.size_bytes <= SMALL_BYTES_MAX:
+            stripe_bytes = stripe_bytes_for(entry.size_bytes, namespace.stripe_bytes)
+            if entry.size_bytes <= stripe_bytes:
+                return _Small(entry, stripe_bytes)
+        return _Encoding(entry, codec, namespace.stripe_bytes, self._pool, self._take)
 
     def _take(self, size_bytes: int) -> Bytes:
         """Memory until the next batch; what does not fit beside the rest of the batch gets its own."""

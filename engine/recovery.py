@@ -36,6 +36,7 @@ logger = logging.getLogger("kvlode")
 CHANGES_PER_APPLY = 4096
 SEGMENT_NAME_LENGTH = len(segment_name(0))
 EPOCH_SHIFT = 40
+_BLOCK, _TOMBSTONE, _NAMESPACE_DROP = int(RecordType.BLOCK), int(RecordType.TOMBSTONE), int(RecordType.NAMESPACE_DROP)
 _WHEN_UNREADABLE = "Try again. If the drive has lost this segment, move it out of the store's folder: what is left is served."
 
 
@@ -361,15 +362,14 @@ def _apply_drop(changes: Changes, namespace: bytes, floor_seq: int) -> None:
 
 
 def _table_changes(table: SealTable, rows: npt.NDArray[np.intp], segment_id: int) -> Changes:
-    """The effect of rows of a table of contents, in log order."""
+    """The effect of rows of a table of contents, in log order. Columns are lists: a NumPy scalar a row was most of a rebuild."""
     changes: Changes = {}
-    for row, value in zip(rows, pack_table(table, segment_id, rows), strict=True):
-        kind = table.type[row]
-        ident = bytes(table.namespace[row]) + table.key(int(row))
-        if kind == RecordType.BLOCK:
-            changes[ident] = value
-        elif kind == RecordType.TOMBSTONE:
-            changes[ident] = None
-        elif kind == RecordType.NAMESPACE_DROP:
-            _apply_drop(changes, ident[:16], int(table.version_seq[row]))
+    keys, namespaces, numbers = table.keys, table.namespace.tobytes(), rows.tolist()
+    for row, kind, value in zip(numbers, table.type[rows].tolist(), pack_table(table, segment_id, rows), strict=True):
+        if kind == _BLOCK:
+            changes[namespaces[16 * row : 16 * row + 16] + keys[row]] = value
+        elif kind == _TOMBSTONE:
+            changes[namespaces[16 * row : 16 * row + 16] + keys[row]] = None
+        elif kind == _NAMESPACE_DROP:
+            _apply_drop(changes, namespaces[16 * row : 16 * row + 16], int(table.version_seq[row]))
     return changes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -34,14 +33,12 @@ class OpenSegment:
 
     def place(self, header: RecordHeader, record_seq: int) -> RecordHeader:
         """Give a record its place at the end of the segment."""
-        placed = dataclasses.replace(
-            header,
+        placed = header.placed(
             store_uuid=self.header.store_uuid,
             segment_id=self.segment_id,
             epoch=self.header.epoch,
             offset=self.position,
             record_seq=record_seq,
-            version_seq=header.version_seq or record_seq,
             synced_bytes=self.synced_bytes,
         )
         self.seal.add(placed)

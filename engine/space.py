@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import xxhash
 
 from ..format.checksum import xxh3_64
@@ -331,6 +332,10 @@ def _fill(entry: Entry, view: BlockView) -> int:
     if view.is_device:
         view.copy_to_host(cut_spans(spans, 0, view.nbytes))
         return xxh3_64(*cut_spans(spans, 0, view.nbytes))
+    if view.nbytes <= COPY_PIECE_BYTES and len(spans) == len(view.spans) == 1:  # a small block: what is not its bytes is what it costs
+        target = spans[0][: view.nbytes]
+        np.copyto(target, view.spans[0])
+        return xxh3_64(target)
     hasher = xxhash.xxh3_64()
     for start in range(0, view.nbytes, COPY_PIECE_BYTES):
         stop = min(start + COPY_PIECE_BYTES, view.nbytes)

@@ -139,7 +139,7 @@ class Writer:
         return (
             self._stopping
             or buffer.flush_target >= first.ticket
-            or buffer.unwritten_bytes >= min(self._config.batch_bytes, buffer.capacity_bytes // 4)
+            or buffer.unwritten_bytes >= buffer.due_bytes
             or time.monotonic() - first.queued_at_s >= self._config.flush_after_s
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 import struct
 from collections import namedtuple
@@ -82,16 +83,19 @@ class ByteTable:
         return tuple((number, bytes(field.size_bytes)) for number, field in enumerate(self.fields) if field.reserved)
 
     @cached_property
-    def _defaults(self) -> dict[str, bytes]:
+    def _defaults(self) -> dict[str, Any]:
         return {field.name: b"" for field in self.fields if field.code[-1] == "s"}
+
+    @cached_property
+    def _in_order(self) -> operator.itemgetter[str]:
+        return operator.itemgetter(*self.names)
 
     def __iter__(self) -> Iterator[Field]:
         return iter(self.fields)
 
     def pack_into(self, buffer: Buffer, values: Mapping[str, Any]) -> None:
         """Lay the fields at the start of a writable buffer; byte fields that are not given are zero."""
-        given = self._defaults | dict(values)
-        self.struct.pack_into(buffer, 0, *[given[name] for name in self.names])
+        self.struct.pack_into(buffer, 0, *self._in_order({**self._defaults, **values}))
 
     def unpack(self, data: bytes, *, where: object = None) -> Any:
         """A named tuple of the fields' values. Raises ``CorruptRecord`` for the wrong length or reserved bytes that are not zero."""
@@ -117,6 +121,10 @@ class PageTable(ByteTable):
     version_name: str = "version"
     checksum_name: str = "checksum"
 
+    @cached_property
+    def _common(self) -> dict[str, Any]:
+        return {"magic": self.magic, self.version_name: FORMAT_VERSION, "header_bytes": PAGE_BYTES, self.checksum_name: 0}
+
     def seal(self, page: Buffer) -> None:
         """Compute the checksum of a filled page and store it."""
         _CHECKSUM.pack_into(page, self.offsets[self.checksum_name], self.checksum(page))
@@ -128,8 +136,7 @@ class PageTable(ByteTable):
 
     def pack_page(self, page: Buffer, values: Mapping[str, Any]) -> None:
         """Fill a writable buffer of one page: fields, magic, version, header length, checksum."""
-        common = {"magic": self.magic, self.version_name: FORMAT_VERSION, "header_bytes": PAGE_BYTES, self.checksum_name: 0}
-        self.pack_into(page, common | dict(values))
+        self.pack_into(page, {**self._common, **values})
         self.seal(page)
 
     def unpack_page(self, page: Buffer, *, where: object = None) -> Any:

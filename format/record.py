@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,7 +127,7 @@ class RecordHeader:
 
     @property
     def record_pages(self) -> int:
-        trailer_pages = 1 if self.record_type == RecordType.SEAL else 0
+        trailer_pages = 1 if self.record_type is RecordType.SEAL else 0
         return 1 + page_count(self.stored_length) + trailer_pages
 
     def __eq__(self, other: object) -> bool:
@@ -138,11 +139,43 @@ class RecordHeader:
     def __hash__(self) -> int:
         return hash((self.store_uuid, self.segment_id, self.offset, self.record_seq))
 
+    def placed(
+        self, *, store_uuid: bytes, segment_id: int, epoch: int, offset: int, record_seq: int, synced_bytes: int
+    ) -> RecordHeader:
+        """The same record at a place in the log; ``version_seq`` 0 becomes ``record_seq``."""
+        # written out: ``dataclasses.replace`` takes five times as long, which is felt with small blocks
+        return RecordHeader(
+            self.record_type,
+            store_uuid,
+            segment_id,
+            offset,
+            epoch,
+            self.version_seq or record_seq,
+            record_seq,
+            synced_bytes,
+            self.namespace,
+            self.key,
+            self.tag,
+            self.parent,
+            self.depth,
+            self.element_size,
+            self.codec,
+            self.flags,
+            self.stripe_bytes,
+            self.raw_length,
+            self.stored_length,
+            self.written_at_ns,
+            self.expires_at_ns,
+            self.raw_checksum,
+            self.meta,
+            self.stripes,
+        )
+
     def pack_into(self, page: Buffer) -> None:
         """Fill a writable buffer of 4096 bytes."""
-        values = {name: getattr(self, name) for name in self.__slots__}
-        values["type"] = values.pop("record_type")
+        values: dict[str, Any] = dict(zip(_SAME_NAME, _values_of(self), strict=True))
         values |= {
+            "type": self.record_type,
             "record_pages": self.record_pages,
             "checksum_id": ChecksumId.XXH3_64,
             "stripe_count": len(self.stripes),
@@ -197,6 +230,10 @@ class RecordHeader:
         if header.stripes.size:
             _check_stripes(header, where)
         return header
+
+
+_SAME_NAME = tuple(name for name in RecordHeader.__slots__ if name not in ("record_type", "stripes"))
+_values_of = operator.attrgetter(*_SAME_NAME)
 
 
 def check_place(header: RecordHeader, store_uuid: bytes, segment_id: int, offset: int, *, where: object = None) -> None:
