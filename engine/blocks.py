@@ -144,11 +144,11 @@ def copy_spans(sources: Sequence[HostSpan], targets: Sequence[HostSpan]) -> None
 
     Raises ``ValueError`` when the lengths differ. The GIL is free while large spans are copied.
     """
-    for source, target in _pairs(sources, targets):
+    for source, target in pairs_of(sources, targets):
         np.copyto(target, source)
 
 
-def _pairs(sources: Sequence[Span], targets: Sequence[Span]) -> Iterator[tuple[Span, Span]]:
+def pairs_of(sources: Sequence[Span], targets: Sequence[Span]) -> Iterator[tuple[Span, Span]]:
     """Equally long pieces of two runs of bytes, in order; raises ``ValueError`` before the first when the lengths differ."""
     source_bytes, target_bytes = sum(span.nbytes for span in sources), sum(span.nbytes for span in targets)
     if source_bytes != target_bytes:
@@ -327,7 +327,7 @@ def _copy_on_stream(
     with torch.cuda.device(device):
         queue = _as_stream(torch, stream, device)
         with torch.cuda.stream(queue):
-            for source, target in _pairs(sources, targets):
+            for source, target in pairs_of(sources, targets):
                 if to_device:
                     target.copy_(_host_tensor(torch, source), non_blocking=True)
                 else:

@@ -295,6 +295,9 @@ class Core:
     def start_job(self, job: ReadJob, work: Callable[[], Any]) -> None:
         """Run a job's work on the job pool; a defect settles the job instead of leaving it without an answer."""
         self._job_pool.run(self._run_job, job, work)
+        self.track(job)
+
+    def track(self, job: ReadJob) -> None:  # a close waits for it
         with self._jobs_lock:
             self._jobs = {running for running in self._jobs if not running.done()} | {job}
 
@@ -311,8 +314,7 @@ class Core:
             work()
         except Exception as error:
             logger.exception("a read job failed: %s", error)
-            for position in range(len(job.statuses)):
-                job.settle(position, Status.IO_ERROR)
+            job.settle_many(range(count := len(job.statuses)), [Status.IO_ERROR] * count)
 
     # --- flushing and closing -----------------------------------------------------------------------------------
 
@@ -351,9 +353,9 @@ class Core:
         done = self._shared_heat.stop(_remaining(deadline_s)) and done
         if not done:
             logger.warning("store %s did not stop in time; its threads and files are left to the end of the process", self.path)
-            return False
-        self._release()
-        return True
+        else:
+            self._release()
+        return done
 
     def _release(self) -> None:
         self.segments.close_files()

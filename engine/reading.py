@@ -16,7 +16,7 @@ from .ranges import read_parts
 if TYPE_CHECKING:
     from .core import Core
 
-GROUP_BYTES = 8 << 20
+GROUP_BYTES = 32 << 20
 """Buffer hits that are copied in one step, between one look at the buffer and one settlement: copying a block drives code out of the
 processor's caches, so what runs between two of them is slow. A deadline waits for one such step."""
 GROUP_BLOCKS_MAX = 256

@@ -97,7 +97,7 @@ def _look_at(device: Device, path: str, segment_id: int, store_uuid: bytes) -> S
     try:
         size_bytes = file.status().size_bytes
         page = aligned_array(PAGE_BYTES)
-        count = file.read(0, [page]).result()
+        count = file.read_now(0, [page])
         header = None
         try:
             header = SegmentHeader.parse(page[:count], where=path)
@@ -116,7 +116,7 @@ def _has_trailer(file: DeviceFile, size_bytes: int, segment_id: int, store_uuid:
     if size_bytes < 2 * PAGE_BYTES or size_bytes % PAGE_BYTES:
         return False
     page = aligned_array(PAGE_BYTES)
-    count = file.read(size_bytes - PAGE_BYTES, [page]).result()
+    count = file.read_now(size_bytes - PAGE_BYTES, [page])
     try:
         trailer = Trailer.parse(page[:count], where=file.path)
     except FormatError:

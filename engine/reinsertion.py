@@ -87,7 +87,7 @@ def file_reader(file: DeviceFile) -> Callable[[int, int], memoryview]:
     def read(offset: int, length: int) -> memoryview:
         start = offset - offset % PAGE_BYTES
         area = aligned_array(-(-(offset + length - start) // PAGE_BYTES) * PAGE_BYTES)
-        count = file.read(start, [area]).result()
+        count = file.read_now(start, [area])
         return memoryview(area.data)[offset - start : min(count, offset - start + length)]
 
     return read
@@ -121,7 +121,7 @@ def load_header(file: DeviceFile, store_uuid: bytes, segment_id: int, offset: in
     """The checked header page of a record. Raises ``CorruptRecord`` or ``DeviceError``."""
     page = aligned_array(PAGE_BYTES)
     where = f"segment {segment_id:016x} offset {offset}"
-    count = file.read(offset, [page]).result()
+    count = file.read_now(offset, [page])
     if count < PAGE_BYTES:
         raise CorruptRecord("record-truncated", where=where, expected=f"{PAGE_BYTES} bytes", actual=count)
     header = RecordHeader.parse(page, where=where)
@@ -134,7 +134,7 @@ def load_record(file: DeviceFile, store_uuid: bytes, segment_id: int, offset: in
     header = load_header(file, store_uuid, segment_id, offset)
     payload = aligned_array(header.record_bytes - PAGE_BYTES)
     if payload.size:
-        count = file.read(offset + PAGE_BYTES, [payload]).result()
+        count = file.read_now(offset + PAGE_BYTES, [payload])
         check_payload(header, payload[:count])
     return header, payload
 

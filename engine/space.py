@@ -15,7 +15,7 @@ from ..format.errors import InvalidBlock, InvalidConfig, KvlodeError, StoreFaile
 from ..format.keys import check_key, check_meta, key_digest, tag_digest
 from ..format.layout import ZERO_DIGEST
 from ..format.namespace import Namespace
-from .blocks import BlockView, check_start, copy_spans, cut_spans, view_block
+from .blocks import BlockView, check_start, cut_spans, pairs_of, view_block
 from .contract import Block, BlockInfo, LoadEstimate, PutStatus, Refusal, Status
 from .entry import Entry, Kind
 from .jobs import ACCEPTED, EXISTS, ReadJob, WriteJob, refused
@@ -224,7 +224,8 @@ class Space:
             try:
                 pending = read_blocks(core, self.digest, job, keys, views, direct=True, inline=True)
                 if pending is not None:
-                    core.start_job(job, pending)
+                    core.track(job)
+                    pending()  # hands the reads to their threads, and waits for nothing
                     job.wait()
             except BaseException:
                 core.buffer.release()
@@ -332,16 +333,11 @@ def _fill(entry: Entry, view: BlockView) -> int:
     if view.is_device:
         view.copy_to_host(cut_spans(spans, 0, view.nbytes))
         return xxh3_64(*cut_spans(spans, 0, view.nbytes))
-    if view.nbytes <= COPY_PIECE_BYTES and len(spans) == len(view.spans) == 1:  # a small block: what is not its bytes is what it costs
-        target = spans[0][: view.nbytes]
-        np.copyto(target, view.spans[0])
-        return xxh3_64(target)
     hasher = xxhash.xxh3_64()
-    for start in range(0, view.nbytes, COPY_PIECE_BYTES):
-        stop = min(start + COPY_PIECE_BYTES, view.nbytes)
-        pieces = cut_spans(spans, start, stop)
-        copy_spans(view.slice(start, stop), pieces)
-        for piece in pieces:
+    for source, target in pairs_of(view.spans, cut_spans(spans, 0, view.nbytes)):
+        for start in range(0, source.nbytes, COPY_PIECE_BYTES):
+            piece = target[start : start + COPY_PIECE_BYTES]
+            np.copyto(piece, source[start : start + COPY_PIECE_BYTES])
             hasher.update(piece)
     return int(hasher.intdigest())
 

@@ -30,6 +30,7 @@ from .os_calls import (
 from .posix_lock import take_lock
 from .threads import WorkerPool
 from .transfer import ByteView, Chunk, Gather, PathCounters, Uses, byte_views, finished, is_aligned, rest_of, split
+from .write_window import WriteWindow
 
 ALIGNMENT_BYTES = 4096
 THREADS_DEFAULT = 16
@@ -65,6 +66,7 @@ class PosixDevice:
         self._direct = direct
         self._pool = WorkerPool("kvlode-posix", threads)
         self._counters = PathCounters()
+        self.write_window = WriteWindow()
         self._host_path = IoPath.DIRECT if direct else IoPath.BUFFERED
 
     # --- files ------------------------------------------------------------------------------------------------
@@ -93,8 +95,8 @@ class PosixDevice:
     def count(self, path: IoPath, size_bytes: int, *, write: bool) -> None:
         self._counters.add(path, size_bytes, write=write)
 
-    def submit(self, function: Callable[[Chunk], int], chunk: Chunk) -> Future[int]:
-        return self._pool.submit(function, chunk)
+    def submit(self, run: Callable[[Chunk, bool, bool], int], chunk: Chunk, write: bool, direct: bool) -> Future[int]:
+        return self._pool.submit(run, chunk, write, direct)
 
     # --- names ------------------------------------------------------------------------------------------------
 
@@ -203,7 +205,7 @@ class PosixFile:
         direct = self.direct and is_aligned(offset, views, self._memory_alignment, self._offset_alignment)
         self._uses.begin("read")
         try:
-            return self._run(Chunk(offset, length, views), write=False, direct=direct)
+            return self._run(Chunk(offset, length, views), False, direct)
         finally:
             self._uses.end()
 
@@ -279,14 +281,11 @@ class PosixFile:
                 return finished(0)
         direct = self.direct and is_aligned(offset, views, self._memory_alignment, self._offset_alignment)
         chunks = list(split(offset, views, self._device.chunk_bytes, IOV_MAX))
-        run = self._run_write if write else self._run_read
-        if not direct:
-            run = self._run_buffered_write if write else self._run_buffered_read
         gather = Gather(len(chunks), operation, self.path)
         for number, chunk in enumerate(chunks):
             try:
                 self._uses.begin(operation)
-                gather.add(self._submit(run, chunk))
+                gather.add(self._submit(chunk, write, direct))
             except DeviceError as error:
                 if number == 0:
                     raise
@@ -294,9 +293,9 @@ class PosixFile:
                 break
         return gather.future
 
-    def _submit(self, run: Callable[[Chunk], int], chunk: Chunk) -> Future[int]:
+    def _submit(self, chunk: Chunk, write: bool, direct: bool) -> Future[int]:
         try:
-            future = self._device.submit(run, chunk)
+            future = self._device.submit(self._run, chunk, write, direct)
         except StoreClosed as error:
             self._uses.end()
             raise DeviceError("submit", self.path, errno=errno.ESHUTDOWN, detail=error.what) from error
@@ -306,24 +305,12 @@ class PosixFile:
     def _chunk_ended(self, _: Future[int]) -> None:
         self._uses.end()
 
-    def _run_read(self, chunk: Chunk) -> int:
-        return self._run(chunk, write=False, direct=True)
-
-    def _run_write(self, chunk: Chunk) -> int:
-        return self._run(chunk, write=True, direct=True)
-
-    def _run_buffered_read(self, chunk: Chunk) -> int:
-        return self._run(chunk, write=False, direct=False)
-
-    def _run_buffered_write(self, chunk: Chunk) -> int:
-        return self._run(chunk, write=True, direct=False)
-
-    def _run(self, chunk: Chunk, *, write: bool, direct: bool) -> int:
+    def _run(self, chunk: Chunk, write: bool, direct: bool) -> int:
         """One chunk on a thread of the pool. Raises only errors without a traceback into buffers."""
         try:
             if direct:
                 try:
-                    return self._transfer(self._descriptor, chunk, write=write, path=IoPath.DIRECT)
+                    return self._write_in_turn(chunk) if write else self._read_first(chunk)
                 except OSError as error:
                     if error.errno != errno.EINVAL:
                         raise
@@ -334,6 +321,17 @@ class PosixFile:
         except OSError as error:
             failure = device_error("write" if write else "read", self.path, error, offset=chunk.offset, length=chunk.length)
         raise failure
+
+    def _read_first(self, chunk: Chunk) -> int:
+        with self._device.write_window.reading():
+            return self._transfer(self._descriptor, chunk, write=False, path=IoPath.DIRECT)
+
+    def _write_in_turn(self, chunk: Chunk) -> int:
+        window, written_bytes = self._device.write_window, 0
+        for piece in split(chunk.offset, chunk.views, window.piece_bytes, IOV_MAX):
+            with window.turn(piece.length):
+                written_bytes += self._transfer(self._descriptor, piece, write=True, path=IoPath.DIRECT)
+        return written_bytes
 
     def _transfer(self, descriptor: int, chunk: Chunk, *, write: bool, path: IoPath) -> int:
         """Repeat the system call until the chunk is through or the file ends."""

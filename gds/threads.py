@@ -83,9 +83,34 @@ class _Call:
 _Tasks: TypeAlias = "queue.SimpleQueue[_Task[Any] | _Call | None]"
 
 
-def _work(tasks: _Tasks) -> None:
-    """Body of a thread. It knows the queue only, so that a forgotten pool can be collected."""
-    while (task := tasks.get()) is not None:
+class _Line:
+    """What a pool and its threads share: the calls that wait, and how many threads wait for one and were promised none."""
+
+    def __init__(self) -> None:
+        self.tasks: _Tasks = queue.SimpleQueue()
+        self.lock = threading.Lock()
+        self.idle_threads = 0
+
+    def next(self) -> _Task[Any] | _Call | None:
+        """The next call for this thread, ``None`` at the end."""
+        with self.lock:
+            if not self.tasks.empty():
+                with contextlib.suppress(queue.Empty):  # a thread that waited was quicker
+                    return self.tasks.get_nowait()
+            self.idle_threads += 1
+        return self.tasks.get()
+
+    def promised(self) -> bool:
+        """Whether a thread waits that can take the call which was just put. Call it with the lock held."""
+        if not self.idle_threads:
+            return False
+        self.idle_threads -= 1
+        return True
+
+
+def _work(line: _Line) -> None:
+    """Body of a thread. It knows the line only, so that a forgotten pool can be collected."""
+    while (task := line.next()) is not None:
         task.run()
         del task
 
@@ -96,7 +121,7 @@ def _stop(tasks: _Tasks, threads: int) -> None:
 
 
 class WorkerPool:
-    """``threads`` daemon threads that run submitted calls in order of submission.
+    """Up to ``threads`` daemon threads that run submitted calls in order of submission; each is started when there is work for it.
 
     All methods may be called from any thread. A future that has not started can be cancelled; every future
     ends (result, exception or cancelled), also when the pool is shut down under it.
@@ -107,34 +132,44 @@ class WorkerPool:
             raise ValueError(f"a pool needs at least one thread, not {threads}")
         self.name = name
         self.threads = threads
-        self._tasks: _Tasks = queue.SimpleQueue()
-        self._lock = threading.Lock()
+        self._line = _Line()
         self._closed = False
         self._pid = os.getpid()
-        self._workers = [
-            threading.Thread(target=_work, args=(self._tasks,), name=f"{name}-{number}", daemon=True) for number in range(threads)
-        ]
-        for worker in self._workers:
-            worker.start()
-        self._stop_when_collected = weakref.finalize(self, _stop, self._tasks, threads)
+        self._workers: list[threading.Thread] = []
+        self._start_one()
+        self._stop_when_collected = weakref.finalize(self, _stop, self._line.tasks, threads)
         self._stop_when_collected.atexit = False  # a store that is closed at exit writes its last blocks with this pool
         _pools.add(self)
+
+    def _start_one(self) -> None:
+        name = f"{self.name}-{len(self._workers)}"
+        worker = threading.Thread(target=_work, args=(self._line,), name=name, daemon=True)
+        self._workers.append(worker)
+        try:
+            worker.start()
+        except RuntimeError:
+            self._workers.remove(worker)
+            raise
+
+    def _put(self, task: _Task[Any] | _Call) -> None:
+        line = self._line
+        with line.lock:  # not after the stop marks of shutdown: it would never run
+            self._check_open()
+            line.tasks.put(task)
+            if not line.promised() and len(self._workers) < self.threads:
+                with contextlib.suppress(RuntimeError):  # the interpreter exits, or the system has no more: those that run do it all
+                    self._start_one()
 
     def submit(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Run ``function(*args, **kwargs)`` on a thread. Raises ``StoreClosed`` after ``shutdown`` and in a forked child."""
         task = _Task(function, args, kwargs)
         future = task.future
-        with self._lock:  # not after the stop marks of shutdown: it would never run
-            self._check_open()
-            self._tasks.put(task)
+        self._put(task)
         return future
 
     def run(self, function: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs) -> None:
         """``submit`` for calls whose outcome nobody waits for: no future is made. An error is logged."""
-        call = _Call(function, args, kwargs)
-        with self._lock:
-            self._check_open()
-            self._tasks.put(call)
+        self._put(_Call(function, args, kwargs))
 
     def _check_open(self) -> None:
         if self._closed:
@@ -152,14 +187,14 @@ class WorkerPool:
         """
         if os.getpid() != self._pid:
             return True  # the threads are the parent's
-        with self._lock:
+        with self._line.lock:
             if not self._closed:
                 self._closed = True
                 self._stop_when_collected()
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         current = threading.current_thread()
         for worker in self._workers:
-            if worker is not current:
+            if worker is not current and worker.is_alive():
                 worker.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
         if not any(worker.is_alive() for worker in self._workers if worker is not current):
             return True
@@ -170,14 +205,14 @@ class WorkerPool:
         kept: list[_Task[Any] | _Call | None] = []
         with contextlib.suppress(queue.Empty):
             while True:
-                task = self._tasks.get_nowait()
+                task = self._line.tasks.get_nowait()
                 if task is None or not task.cancel():
                     kept.append(task)
         for task in kept:
-            self._tasks.put(task)
+            self._line.tasks.put(task)
 
     def _forget_after_fork(self) -> None:
-        self._lock = threading.Lock()  # another thread of the parent may have held it
+        self._line.lock = threading.Lock()  # another thread of the parent may have held it
         self._closed = True
         self._stop_when_collected.detach()
 
