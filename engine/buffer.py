@@ -76,7 +76,7 @@ class Buffer:
             if reserved is not False or remaining_s <= 0:
                 return reserved
             # room appears when something was settled or a reader let go of a block that was to leave
-            moved = lambda seen=settled: self._closed or self.tickets_settled != seen or self._arena.fits(size_bytes)  # type: ignore[misc]  # noqa: E731
+            moved = lambda seen=settled: self._closed or self.tickets_settled != seen or self._arena.fits(size_bytes)  # noqa: E731
             self._wait_for_readers(moved, remaining_s)
 
     def _try_reserve(self, entry: Entry, size_bytes: int, now_ns: int, own_memory: bool) -> bool | None:

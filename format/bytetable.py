@@ -6,7 +6,7 @@ import operator
 import re
 import struct
 from collections import namedtuple
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -87,7 +87,7 @@ class ByteTable:
         return {field.name: b"" for field in self.fields if field.code[-1] == "s"}
 
     @cached_property
-    def _in_order(self) -> operator.itemgetter[str]:
+    def _in_order(self) -> Callable[[Mapping[str, Any]], tuple[Any, ...]]:
         return operator.itemgetter(*self.names)
 
     def __iter__(self) -> Iterator[Field]:

@@ -139,9 +139,7 @@ class RecordHeader:
     def __hash__(self) -> int:
         return hash((self.store_uuid, self.segment_id, self.offset, self.record_seq))
 
-    def placed(
-        self, *, store_uuid: bytes, segment_id: int, epoch: int, offset: int, record_seq: int, synced_bytes: int
-    ) -> RecordHeader:
+    def placed(self, *, store_uuid: bytes, segment_id: int, epoch: int, offset: int, record_seq: int, synced_bytes: int) -> RecordHeader:
         """The same record at a place in the log; ``version_seq`` 0 becomes ``record_seq``."""
         # written out: ``dataclasses.replace`` takes five times as long, which is felt with small blocks
         return RecordHeader(
