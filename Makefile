@@ -23,8 +23,13 @@ MINUTES ?= 60
 SECONDS_EACH ?= 60
 # What is passed on: make demo ARGS=--json, make test ARGS="-k recovery"
 ARGS ?=
+# The same for the second part of make bench: make bench PEERS_ARGS="--only vllm_fs"
+PEERS_ARGS ?=
+# A quick run measures nothing, so it does not replace the chart of the documents.
+QUICK := $(findstring --quick,$(ARGS) $(PEERS_ARGS))
+PEERS = $(BIN)/python benchmarks/peers.py --chart $(if $(QUICK),.bench/peers-quick.svg,docs/peers.svg) $(if $(QUICK),--quick) $(PEERS_ARGS)
 
-.PHONY: help setup demo test test-slow engines engines-vllm engines-sglang engines-lmcache demo-vllm bench-engines test-exhaustive check soak fuzz bench gpu-check clean
+.PHONY: help setup demo test test-slow engines engines-vllm engines-sglang engines-lmcache demo-vllm bench-engines test-exhaustive check soak fuzz bench bench-peers bench-setup gpu-check clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -72,8 +77,14 @@ soak: $(VENV)/.installed-dev ## an hour of mixed work near the capacity cap, wit
 fuzz: $(VENV)/.installed-dev ## look for inputs that break a parser (SECONDS_EACH=60)
 	$(BIN)/python tests/fuzz/run.py --seconds $(SECONDS_EACH) $(ARGS)
 
-bench: $(VENV)/.installed ## measure this machine against a bare O_DIRECT loop
+bench: $(VENV)/.installed-bench ## measure this machine against a bare O_DIRECT loop, then beside other stores; draws docs/peers.svg
 	$(BIN)/kvlode bench $(ARGS)
+	$(PEERS)
+
+bench-peers: $(VENV)/.installed-bench ## only its second part: kvlode beside other stores, as many as are installed (bench-setup)
+	$(PEERS)
+
+bench-setup: $(VENV)/.installed-bench $(foreach engine,lmcache vllm sglang,$(ENGINES)/$(engine)/.installed-bench) ## install the other stores (several GB)
 
 gpu-check: $(VENV)/.installed-dev ## on a machine with a GPU: device conformance and bandwidth by path
 	$(BIN)/kvlode gpu-check --json gpu-check.json $(ARGS)
@@ -96,6 +107,21 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)/.installed-dev: $(VENV)/.installed $(KVIKIO)
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[demo,dev]'
 	$(if $(KVIKIO),$(PIP) install --no-deps -r $(KVIKIO))
+	@touch $@
+
+# What only the benchmark needs is put beside what is there.
+$(VENV)/.installed-bench: $(VENV)/.installed benchmarks/requirements.txt
+	$(PIP) install -c constraints.txt -r benchmarks/requirements.txt
+	@touch $@
+
+# AIBrix and raw_block would replace the CPU build of torch, and more.
+ALONE_BENCH_lmcache := --no-deps
+
+$(ENGINES)/vllm/.installed-bench: $(ENGINES)/vllm/.installed
+	@touch $@
+
+$(ENGINES)/%/.installed-bench: benchmarks/requirements-%.txt $(ENGINES)/%/.installed
+	$(ENGINE_PIP) install $(ALONE_BENCH_$*) -r $<
 	@touch $@
 
 # One environment an engine: its requirements, then what would bring CUDA builds or whole engines along, without dependencies, then this

@@ -101,7 +101,7 @@ class StoreConfig:
     reclaim_grace_s: float = 5.0
     """How long a freed segment's file stays while other processes read the store."""
     index_kind: Literal["rocksdb", "memory"] = "rocksdb"
-    index_cache_bytes: int = 128 * MIB
+    index_cache_bytes: int = 0
 
     def __post_init__(self) -> None:
         for name in ("lock_timeout_s", "flush_after_s", "put_timeout_s", "reclaim_grace_s"):

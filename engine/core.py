@@ -185,7 +185,7 @@ class Core:
 
     def _resources(self) -> Resources | None:
         """What encoding can count on; asked by the writer alone."""
-        return resources_now(self.config.cpu_budget, self.writer.drive_rate, self.reader.drive_rate)
+        return resources_now(self.config.cpu_budget, self.writer.drive_rate, self.reader.probe.rate())
 
     def check_usable(self) -> None:
         if self.closed_reason is not None:

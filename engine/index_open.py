@@ -42,7 +42,7 @@ def _rocks_index(path: str, config: StoreConfig) -> RocksIndex:
     wal_bytes = wal_bytes_for(config)
     return RocksIndex(
         f"{path}/{INDEX_FOLDER}",
-        write_buffer_bytes=min(16 * MIB, wal_bytes // 2),
+        write_buffer_bytes=min(4 * MIB, wal_bytes // 2),
         wal_bytes_max=wal_bytes,
         block_cache_bytes=config.index_cache_bytes,
     )

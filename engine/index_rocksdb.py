@@ -23,7 +23,6 @@ from rocksdict import (
     BlockBasedOptions,
     Cache,
     ChecksumType,
-    DataBlockIndexType,
     DBCompactionStyle,
     DBCompressionType,
     DBRecoveryMode,
@@ -36,7 +35,7 @@ from rocksdict import (
 from ..format.errors import DeviceError, KvlodeError, NoSpace, StoreLocked
 from .index import BATCH_ENTRIES_MAX, IndexDamaged, IndexWriteError
 from .index_handle import RocksReader, claim_threads
-from .index_source import SourceState, link_files, remove_folder
+from .index_source import SourceState, link_files, remove_folder, tables_are_there
 from .rocks_logs import check_logs
 
 logger = logging.getLogger("kvlode")
@@ -51,12 +50,14 @@ OPEN_PAUSE_S = 5.0
 
 @dataclass(frozen=True)
 class RocksTuning:
-    """Sizes of a RocksDB index; the memory it takes is at most cache + 4 write buffers + filters (1.3 bytes an entry)."""
+    """Sizes of a RocksDB index; the memory it takes is at most cache + 4 write buffers + 2.3 bytes an entry (filters, places of blocks)."""
 
-    write_buffer_bytes: int = 16 * MIB
-    """Also bounds how long recovery replays."""
-    wal_bytes_max: int = 32 * MIB
-    block_cache_bytes: int = 256 * MIB
+    write_buffer_bytes: int = 4 * MIB
+    """Bounds how much of its log an opening replays: 20 to 30 ms a MiB, with the interpreter lock held."""
+    wal_bytes_max: int = 8 * MIB
+    block_cache_bytes: int = 0
+    """0: none. Keys are digests, so every lookup needs another block; the system's page cache gives a small one away in less time than
+    RocksDB's cache takes to make room for it."""
     table_file_bytes: int = 32 * MIB
     log_bytes_max: int = MIB
     manifest_bytes_max: int = 4 * MIB
@@ -73,7 +74,7 @@ class RocksTuning:
         options.set_compaction_style(DBCompactionStyle.level())
         options.set_level_compaction_dynamic_level_bytes(True)
         options.set_target_file_size_base(self.table_file_bytes)
-        options.set_max_bytes_for_level_base(4 * self.table_file_bytes)
+        options.set_max_bytes_for_level_base(8 * self.table_file_bytes)  # one level up to two million keys, two up to twenty
         options.set_write_buffer_size(self.write_buffer_bytes)
         options.set_max_write_buffer_number(4)
         options.set_memtable_whole_key_filtering(True)
@@ -93,11 +94,13 @@ class RocksTuning:
     def _table(self) -> BlockBasedOptions:
         table = BlockBasedOptions()
         table.set_bloom_filter(10, False)
-        table.set_block_cache(Cache.new_hyper_clock_cache(self.block_cache_bytes, 0))
-        table.set_block_size(4 << 10)  # a lookup of a random key reads one: 8 KiB cost a quarter more
+        if self.block_cache_bytes:
+            table.set_block_cache(Cache.new_hyper_clock_cache(self.block_cache_bytes, 0))
+        else:
+            table.disable_cache()
+        table.set_block_size(1 << 10)  # what a lookup reads, checks and throws away: about seven entries
         table.set_block_restart_interval(8)
-        table.set_data_block_index_type(DataBlockIndexType.binary_and_hash())
-        table.set_data_block_hash_ratio(0.75)
+        table.set_index_block_restart_interval(8)  # the first keys of small blocks are many and begin alike: half the memory
         table.set_checksum_type(ChecksumType.xxh3())
         table.set_format_version(6)
         return table
@@ -225,10 +228,10 @@ class RocksFollowerIndex(RocksReader):
             claim_threads(self._source, needs_threads=False)
             try:
                 handle = open_handle(links, self._source, self._tuning, AccessType.secondary(own))
-                if SourceState.of(self._source).keeps(state):
+                if SourceState.of(self._source).keeps(state) and tables_are_there(links):
                     self._links, self._state, self.log_path = links, state, os.path.join(own, "LOG")
                     return handle
-                handle.close()  # a log went away before it was read, perhaps: RocksDB does not tell
+                handle.close()  # a file went away before it was read, perhaps: RocksDB does not tell, and shows something older or nothing
             except KvlodeError:
                 if attempt == _OPEN_TRIES - 1:
                     raise

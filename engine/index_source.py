@@ -59,6 +59,11 @@ def link_files(source: str, links: str) -> None:
             os.symlink(os.path.join(os.path.abspath(source), name), os.path.join(links, name))
 
 
+def tables_are_there(links: str) -> bool:
+    """Whether the writer still has every table that it had when the links were made; it deletes those that it has merged."""
+    return all(os.path.exists(os.path.join(links, name)) for name in os.listdir(links) if name.endswith(".sst"))
+
+
 def remove_folder(folder: str, owner_pid: int) -> None:
     """Delete a temporary folder, but not the parent's from a forked child."""
     if os.getpid() == owner_pid:

@@ -18,8 +18,8 @@ UNREAD_AGE_S_MAX = 60.0
 """An answer that nobody fetched yet lives longer: a scheduler may come back only after a step of several seconds, and would
 otherwise be told to come back for ever."""
 BATCH_KEYS = 128
-"""The index holds the interpreter while it looks a batch up (4 to 7 us a key), and whoever asks here waits for that."""
-MATCH_BATCHES = (64, 256, 1024, 4096)
+"""The index holds the interpreter while it looks a batch up (2 to 4 us a key), and whoever asks here waits for that."""
+MATCH_BATCHES = (64, 512, 4096)
 
 
 def prefix_run(keys: Sequence[bytes], present: Callable[[Sequence[bytes]], Sequence[bool]]) -> int:

@@ -32,6 +32,7 @@ from .delivery import STRIPES_PER_TASK, Delivery, ReadRequest, whole_pages
 from .drive_rate import DriveRate
 from .jobs import ReadJob
 from .raw_delivery import deliver_whole, is_whole
+from .read_probe import ReadProbe
 from .read_rate import ReadRate
 from .segments import SegmentTable
 from .stats import Counters
@@ -93,6 +94,7 @@ class Reader:
         self.rate = ReadRate()
         """Of stored payload bytes."""
         self.drive_rate = DriveRate()
+        self.probe = ReadProbe(segments, read_pool, bounce, self.drive_rate)
         self._lock = threading.Lock()
         self._turns = threading.Semaphore(max(1, read_pool.threads * 5 // 8))
 

@@ -11,11 +11,13 @@ import sys
 import textwrap
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from kvlode.engine import index_rocksdb
 from kvlode.engine.index import IndexDamaged, IndexWriteError
-from kvlode.engine.index_rocksdb import RocksFollowerIndex, RocksIndex, destroy, set_aside
+from kvlode.engine.index_rocksdb import RocksFollowerIndex, RocksIndex, destroy, open_handle, set_aside
 from kvlode.format.errors import StoreClosed
 
 
@@ -104,6 +106,29 @@ def test_following_what_is_not_there_creates_nothing(tmp_path: Path) -> None:
     with pytest.raises(IndexDamaged, match="nothing-here"):
         RocksFollowerIndex(tmp_path / "nothing-here")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_follower_that_opens_while_the_writer_merges_tables_sees_every_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """RocksDB passes over tables that are gone when it opens them, and says nothing."""
+    rows = [(b"key-%03d" % number, bytes(90)) for number in range(1000)]
+    with contextlib.closing(RocksIndex(tmp_path / "index")) as index:
+        index.apply(rows[::2])
+        index._opened().compact_range(None, None)
+        index.apply(rows[1::2])
+        index._opened().flush()
+        opens = []
+
+        def opened_late(*arguments: Any) -> Any:
+            opens.append(arguments)
+            if len(opens) == 1:
+                index._opened().compact_range(None, None)
+            return open_handle(*arguments)
+
+        monkeypatch.setattr(index_rocksdb, "open_handle", opened_late)
+        with contextlib.closing(RocksFollowerIndex(tmp_path / "index")) as follower:
+            assert follower.get_many([key for key, _ in rows]) == [value for _, value in rows]
+            assert len(opens) == 2
+            assert follower.damaged() == 0
 
 
 def test_a_follower_goes_over_to_the_index_that_replaces_a_damaged_one(tmp_path: Path) -> None:

@@ -40,7 +40,8 @@ def fill(index: RocksIndex, entries: list[tuple[bytes, bytes]]) -> None:
 
 
 def _tuning_in_log(text: str) -> dict[str, str]:
-    return dict(re.findall(r"^\s*(filter_policy|block_cache_name|capacity|data_block_index_type|block_size)\s*: (.*?)\s*$", text, re.M))
+    names = "filter_policy|no_block_cache|block_cache_name|capacity|block_size"
+    return dict(re.findall(rf"^\s*({names})\s*: (.*?)\s*$", text, re.M))
 
 
 def test_filter_and_cache_are_in_force_after_a_reopen_and_in_a_follower(tmp_path: Path) -> None:
@@ -58,7 +59,15 @@ def test_filter_and_cache_are_in_force_after_a_reopen_and_in_a_follower(tmp_path
         assert tuning["filter_policy"] == "bloomfilter", who
         assert tuning["block_cache_name"] == "AutoHyperClockCache", who
         assert int(tuning["capacity"]) == cache_bytes, who
-        assert (tuning["data_block_index_type"], tuning["block_size"]) == ("1", "4096"), who
+        assert tuning["block_size"] == "1024", who
+
+
+def test_it_has_no_cache_of_its_own_unless_it_is_given_one(tmp_path: Path) -> None:
+    index = RocksIndex(tmp_path / "index")
+    with contextlib.closing(index):
+        fill(index, rows(3000))
+        assert index.get_many([key for key, _ in rows(3000)]) == [value for _, value in rows(3000)]
+    assert _tuning_in_log((tmp_path / "index" / "LOG").read_text())["no_block_cache"] == "1"
 
 
 def test_its_logs_stay_bounded_over_many_opens(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from ...engine.config import parse_bytes
 from ...format.errors import InvalidConfig
-from . import codecs, dram, drive_kv, drive_read, drive_write, latency, million
+from . import codecs, dram, drive_kv, drive_read, drive_write, latency, million, scale
 from .figures import Item
 from .machine import check_free_space, machine_facts
 from .report import show, to_json
@@ -54,6 +54,11 @@ GROUPS = (
 ITEMS = tuple(dict.fromkeys(name for group in GROUPS for name in group.names))
 """Names for ``only``; some give several figures, named ``<item>.<what>``."""
 
+ON_REQUEST = (Group(scale.NAMES, scale.measure, scale.needed_bytes),)
+"""Measured only where ``only`` names their items: how cost grows says nothing that changes from one run to the next."""
+
+NAMES = (*ITEMS, *(name for group in ON_REQUEST for name in group.names))
+
 
 def run_bench(
     path: str | os.PathLike[str] | None = None,
@@ -65,7 +70,7 @@ def run_bench(
     quick: bool = False,
     console: Console | None = None,
 ) -> int:
-    """Measure ``only`` these (names of ``ITEMS``; default all) in a new folder below ``path`` (default ``./.bench``), which it removes.
+    """Measure ``only`` these (of ``NAMES``; default ``ITEMS``) in a new folder below ``path`` (default ``./.bench``), which it removes.
 
     ``size_bytes`` (or text such as ``"2GiB"``) is what a round writes or reads. ``quick`` shrinks everything: it shows that
     the bench works and measures nothing. ``console`` shows progress (standard error by default); the table or, with
@@ -88,7 +93,7 @@ def run_bench(
             quick=quick,
             console=console or Console(stderr=True),
         )
-        check_free_space(root, max(group.needed_bytes(setting) for group in GROUPS if chosen & set(group.names)))
+        check_free_space(root, max(group.needed_bytes(setting) for group in (*GROUPS, *ON_REQUEST) if chosen & set(group.names)))
         machine = machine_facts(root)
         measured = _measure(setting, chosen)
     finally:
@@ -103,15 +108,15 @@ def run_bench(
 
 
 def _chosen(only: Sequence[str] | None) -> set[str]:
-    unknown = [item for item in only or () if item not in ITEMS]
+    unknown = [item for item in only or () if item not in NAMES]
     if unknown:
-        raise InvalidConfig("there is no such item", expected=" or ".join(ITEMS), actual=", ".join(unknown))
+        raise InvalidConfig("there is no such item", expected=" or ".join(NAMES), actual=", ".join(unknown))
     return set(only or ITEMS)
 
 
 def _measure(setting: Setting, chosen: set[str]) -> list[Item]:
     measured: list[Item] = []
-    for group in GROUPS:
+    for group in (*GROUPS, *ON_REQUEST):
         wanted = chosen & set(group.names)
         measured += group.measure(setting, wanted) if wanted else []
     return measured
