@@ -187,16 +187,17 @@ class Buffer:
 
     def _enqueue(self, entry: Entry) -> None:
         self._check_open()
+        unwritten_bytes = self.unwritten_bytes + entry.size_bytes
+        # The first change starts the writer's clock. Waking it for nothing costs more than the copy of a small block. Before the queue
+        # changes: an interrupt behind that could keep the only news from it; whoever wakes looks when this thread lets go of the lock.
+        if not self.queue or unwritten_bytes >= self.due_bytes or self.tickets_queued < self.flush_target:
+            self.changed.notify_all()
         entry.version_seq = self._next_sequence()
         entry.queued_at_s = time.monotonic()
         entry.ticket = self.tickets_queued = self.tickets_queued + 1
         self.dirty_bytes += entry.size_bytes
-        self.unwritten_bytes += entry.size_bytes
-        first = not self.queue
+        self.unwritten_bytes = unwritten_bytes
         self.queue.append(entry)
-        # The first change starts the writer's clock. Waking it for nothing costs more than the copy of a small block.
-        if first or self.unwritten_bytes >= self.due_bytes or entry.ticket <= self.flush_target:
-            self.changed.notify_all()
 
     def _hide(self, entry: Entry) -> None:
         """Make an entry invisible; a clean block's memory is freed, a dirty one's when the log is done with it."""

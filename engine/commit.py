@@ -173,6 +173,7 @@ class CommitThread:
     def _index(self, group: list[LogBatch]) -> None:
         """Apply the group's changes in log order, the checkpoint last."""
         changes: dict[bytes, bytes | None] = {}
+        self._returned = []
         for batch in group:
             for entry, record in batch.entries:
                 self._add_change(changes, entry, record)
@@ -180,10 +181,9 @@ class CommitThread:
         key, value = Catalog.checkpoint_change(Checkpoint(last.segment.segment_id, last.end_offset, last.last_sequence))
         changes[key] = value
         self._catalog.change(changes)
+        self._catalog.events.add(EventKind.STORED, self._returned)  # first: changes of their keys can only lie behind them
         for batch in group:
             self._tell(batch)
-        self._catalog.events.add(EventKind.STORED, self._returned)
-        self._returned = []
 
     def _tell(self, batch: LogBatch) -> None:
         for kind, entries in itertools.groupby((entry for entry, _ in batch.entries), lambda entry: entry.kind):

@@ -31,6 +31,9 @@ COUNT_MAX = 255
 ANCESTORS_MAX = 4096
 """Ancestors credited above one block; a chain is seldom longer, and a damaged one must not be walked for ever."""
 
+ONE_BY_ONE_MAX = 16
+"""NumPy takes about 100 us for one block and for a hundred; so many take less one by one."""
+
 Area: TypeAlias = npt.NDArray[np.uint8]
 
 _TAG_SHIFT = 32
@@ -79,6 +82,7 @@ class HeatTable:
         # single items are read several times faster through a memoryview than through an array
         self._tag_items: memoryview[int] = memoryview(self._tags.data)
         self._parent_items: memoryview[int] = memoryview(self._parents.data)
+        self._count_items: memoryview[int] = memoryview(self._counts.data)
 
     @classmethod
     def view(cls, path: str | os.PathLike[str], store_uuid: bytes) -> HeatTable | None:
@@ -191,19 +195,29 @@ class HeatTable:
     def credit(self, slots: Sequence[int] | npt.NDArray[Any]) -> None:
         """Count one hit for each of the blocks and for each of their ancestors, each once however often it is reached.
 
-        Well below 1 us a block, ancestors included.
+        Below 1 us a block for hundreds of them, ancestors included; 3 to 6 us for a few.
         """
-        listed = self._find_many(np.asarray(slots, dtype=np.int64))
+        few = len(slots) <= ONE_BY_ONE_MAX
+        listed = [self._find_or_claim(int(slot)) for slot in slots] if few else self._find_many(np.asarray(slots, dtype=np.int64))
         seen = set(listed)
         items, count = self._parent_items, self.slot_count
-        for parent in self._parents[listed].tolist() if listed else ():
-            steps = 0
+        for index in listed:
+            parent, steps = items[index], 0
             while 0 < parent < count and parent not in seen and steps < ANCESTORS_MAX:
                 seen.add(parent)
                 parent = items[parent]
                 steps += 1
         seen.discard(0)
-        credited = np.fromiter(seen, dtype=np.int64, count=len(seen))
+        self._count_once(seen)
+
+    def _count_once(self, indices: set[int]) -> None:
+        """One more for each, in the way that is quicker for so many."""
+        if len(indices) <= ONE_BY_ONE_MAX:
+            items = self._count_items
+            for index in indices:
+                items[index] = min(items[index] + 1, COUNT_MAX)
+            return
+        credited = np.fromiter(indices, dtype=np.int64, count=len(indices))
         counts = self._counts[credited]
         self._counts[credited] = counts + (counts < COUNT_MAX)
 

@@ -7,6 +7,7 @@ one). Taken to read as fast as it writes, such a drive got everything encoded, a
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterable, Iterator
 
 from ..format.errors import DeviceError, StoreClosed
@@ -19,7 +20,9 @@ logger = logging.getLogger("kvlode")
 
 PIECE_BYTES = 4 << 20
 PROBE_BYTES = 4 * WINDOW_BYTES_MIN
-"""Enough for all threads to read at once for a while; 20 ms of a fast drive."""
+"""20 ms of a fast drive."""
+PIECES_AT_ONCE = 4
+"""Enough to keep a drive busy, and few of the threads and of the memory that hosts' reads need."""
 
 
 class ReadProbe:
@@ -35,20 +38,33 @@ class ReadProbe:
     def rate(self) -> DriveRate:
         """The rate as far as it is known. When it is not, and enough is stored, reading starts in the background."""
         if not self._done and self._drive_rate.bytes_per_s is None:
-            pieces = list(_pieces(self._segments.all()))
+            pieces = deque(_pieces(self._segments.all()))
             if len(pieces) * PIECE_BYTES >= WINDOW_BYTES_MIN:
                 self._done = True
-                self._start(pieces)
+                for _ in range(PIECES_AT_ONCE):
+                    self._read_next(pieces)
         return self._drive_rate
 
-    def _start(self, pieces: Iterable[tuple[int, int]]) -> None:
+    def _read_next(self, pieces: deque[tuple[int, int]]) -> None:
+        """Hand one more piece to the threads that read, behind whatever hosts have asked for meanwhile."""
         try:
-            for segment_id, offset in pieces:
-                self._read_pool.run(self._read, segment_id, offset)
+            self._read_pool.run(self._read, pieces)
         except StoreClosed:
             logger.debug("the store is closing: its drive is not measured any more")
 
-    def _read(self, segment_id: int, offset: int) -> None:
+    def _read(self, pieces: deque[tuple[int, int]]) -> None:
+        try:
+            segment_id, offset = pieces.popleft()
+        except IndexError:
+            return
+        try:
+            self._read_piece(segment_id, offset)
+        except (DeviceError, StoreClosed) as error:  # whoever needs these bytes will meet it
+            logger.info("the drive could not be measured: %s", error)
+            return
+        self._read_next(pieces)
+
+    def _read_piece(self, segment_id: int, offset: int) -> None:
         slot = self._bounce.acquire(PIECE_BYTES)
         assert slot is not None  # it waits without limit: whoever has memory delivers from it without waiting for more
         try:
@@ -56,8 +72,6 @@ class ReadProbe:
                 if file is not None:
                     with self._drive_rate.measuring(PIECE_BYTES):
                         file.read_now(offset, [slot[:PIECE_BYTES]])
-        except DeviceError as error:  # whoever needs these bytes will meet it
-            logger.info("the drive could not be measured: %s", error)
         finally:
             self._bounce.release(slot)
 

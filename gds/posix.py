@@ -205,7 +205,8 @@ class PosixFile:
         direct = self.direct and is_aligned(offset, views, self._memory_alignment, self._offset_alignment)
         self._uses.begin("read")
         try:
-            return self._run(Chunk(offset, length, views), False, direct)
+            with self._device.write_window.reading():
+                return self._run(Chunk(offset, length, views), False, direct)
         finally:
             self._uses.end()
 
@@ -282,6 +283,9 @@ class PosixFile:
         direct = self.direct and is_aligned(offset, views, self._memory_alignment, self._offset_alignment)
         chunks = list(split(offset, views, self._device.chunk_bytes, IOV_MAX))
         gather = Gather(len(chunks), operation, self.path)
+        if not write:  # from now on: its chunks come behind those of writes that wait for their turn
+            self._device.write_window.begin_read(gather.future)
+            gather.future.add_done_callback(self._device.write_window.end_read)
         for number, chunk in enumerate(chunks):
             try:
                 self._uses.begin(operation)
@@ -310,30 +314,26 @@ class PosixFile:
         try:
             if direct:
                 try:
-                    return self._write_in_turn(chunk) if write else self._read_first(chunk)
+                    return self._write_in_turn(chunk) if write else self._transfer(self._descriptor, chunk, False, IoPath.DIRECT)
                 except OSError as error:
                     if error.errno != errno.EINVAL:
                         raise
                     # The file system took the flag and refuses the transfer (a larger block size, a network mount).
                     self.direct = False
                     self._device.note_buffered()
-            return self._transfer(self._buffered_descriptor(), chunk, write=write, path=IoPath.BUFFERED)
+            return self._transfer(self._buffered_descriptor(), chunk, write, IoPath.BUFFERED)
         except OSError as error:
             failure = device_error("write" if write else "read", self.path, error, offset=chunk.offset, length=chunk.length)
         raise failure
-
-    def _read_first(self, chunk: Chunk) -> int:
-        with self._device.write_window.reading():
-            return self._transfer(self._descriptor, chunk, write=False, path=IoPath.DIRECT)
 
     def _write_in_turn(self, chunk: Chunk) -> int:
         window, written_bytes = self._device.write_window, 0
         for piece in split(chunk.offset, chunk.views, window.piece_bytes, IOV_MAX):
             with window.turn(piece.length):
-                written_bytes += self._transfer(self._descriptor, piece, write=True, path=IoPath.DIRECT)
+                written_bytes += self._transfer(self._descriptor, piece, True, IoPath.DIRECT)
         return written_bytes
 
-    def _transfer(self, descriptor: int, chunk: Chunk, *, write: bool, path: IoPath) -> int:
+    def _transfer(self, descriptor: int, chunk: Chunk, write: bool, path: IoPath) -> int:
         """Repeat the system call until the chunk is through or the file ends."""
         views, done_bytes = chunk.views, 0
         while views:

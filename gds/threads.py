@@ -84,28 +84,37 @@ _Tasks: TypeAlias = "queue.SimpleQueue[_Task[Any] | _Call | None]"
 
 
 class _Line:
-    """What a pool and its threads share: the calls that wait, and how many threads wait for one and were promised none."""
+    """What a pool and its threads share: the calls that wait, the threads, and how many of them wait for a call.
 
-    def __init__(self) -> None:
+    One more thread than are at work is there, up to the limit. A thread that begins to work starts it, so that no thread of a host does:
+    an interrupt in the middle of ``Thread.start`` leaves locks behind.
+    """
+
+    def __init__(self, name: str, threads_max: int) -> None:
         self.tasks: _Tasks = queue.SimpleQueue()
         self.lock = threading.Lock()
-        self.idle_threads = 0
+        self.workers: list[threading.Thread] = []
+        self._name = name
+        self._threads_max = threads_max
+        self._waiting = 0
 
     def next(self) -> _Task[Any] | _Call | None:
         """The next call for this thread, ``None`` at the end."""
         with self.lock:
-            if not self.tasks.empty():
-                with contextlib.suppress(queue.Empty):  # a thread that waited was quicker
-                    return self.tasks.get_nowait()
-            self.idle_threads += 1
-        return self.tasks.get()
+            self._waiting += 1
+        task = self.tasks.get()
+        with self.lock:
+            self._waiting -= 1
+            if task is not None and not self._waiting and len(self.workers) < self._threads_max:
+                with contextlib.suppress(RuntimeError):  # the interpreter exits, or the system has no more: those that run do it all
+                    self.start_one()
+        return task
 
-    def promised(self) -> bool:
-        """Whether a thread waits that can take the call which was just put. Call it with the lock held."""
-        if not self.idle_threads:
-            return False
-        self.idle_threads -= 1
-        return True
+    def start_one(self) -> None:
+        """One more thread. Raises ``RuntimeError`` when there can be none."""
+        worker = threading.Thread(target=_work, args=(self,), name=f"{self._name}-{len(self.workers)}", daemon=True)
+        worker.start()
+        self.workers.append(worker)
 
 
 def _work(line: _Line) -> None:
@@ -121,7 +130,7 @@ def _stop(tasks: _Tasks, threads: int) -> None:
 
 
 class WorkerPool:
-    """Up to ``threads`` daemon threads that run submitted calls in order of submission; each is started when there is work for it.
+    """Up to ``threads`` daemon threads that run submitted calls in order of submission; started as there is work for them, one ahead.
 
     All methods may be called from any thread. A future that has not started can be cancelled; every future
     ends (result, exception or cancelled), also when the pool is shut down under it.
@@ -132,33 +141,18 @@ class WorkerPool:
             raise ValueError(f"a pool needs at least one thread, not {threads}")
         self.name = name
         self.threads = threads
-        self._line = _Line()
+        self._line = _Line(name, threads)
         self._closed = False
         self._pid = os.getpid()
-        self._workers: list[threading.Thread] = []
-        self._start_one()
+        self._line.start_one()
         self._stop_when_collected = weakref.finalize(self, _stop, self._line.tasks, threads)
         self._stop_when_collected.atexit = False  # a store that is closed at exit writes its last blocks with this pool
         _pools.add(self)
 
-    def _start_one(self) -> None:
-        name = f"{self.name}-{len(self._workers)}"
-        worker = threading.Thread(target=_work, args=(self._line,), name=name, daemon=True)
-        self._workers.append(worker)
-        try:
-            worker.start()
-        except RuntimeError:
-            self._workers.remove(worker)
-            raise
-
     def _put(self, task: _Task[Any] | _Call) -> None:
-        line = self._line
-        with line.lock:  # not after the stop marks of shutdown: it would never run
+        with self._line.lock:  # not after the stop marks of shutdown: it would never run
             self._check_open()
-            line.tasks.put(task)
-            if not line.promised() and len(self._workers) < self.threads:
-                with contextlib.suppress(RuntimeError):  # the interpreter exits, or the system has no more: those that run do it all
-                    self._start_one()
+            self._line.tasks.put(task)
 
     def submit(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Run ``function(*args, **kwargs)`` on a thread. Raises ``StoreClosed`` after ``shutdown`` and in a forked child."""
@@ -193,10 +187,10 @@ class WorkerPool:
                 self._stop_when_collected()
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         current = threading.current_thread()
-        for worker in self._workers:
+        for worker in self._line.workers:
             if worker is not current and worker.is_alive():
                 worker.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
-        if not any(worker.is_alive() for worker in self._workers if worker is not current):
+        if not any(worker.is_alive() for worker in self._line.workers if worker is not current):
             return True
         self._cancel_queued()
         return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -142,3 +143,21 @@ def test_hits_that_come_during_an_exchange_are_counted_once(tmp_path: Path, monk
         writer.exchange()
     assert writer.table.count(slot) == hits
     writer.close()
+
+
+@pytest.mark.parametrize("length", [1, 3, 40])
+def test_one_by_one_and_all_at_once_blocks_and_their_ancestors_are_counted_alike(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    chance = random.Random(length)
+    tables = [HeatTable(SLOTS), HeatTable(SLOTS)]
+    slots = slots_of(tables[0], 60)
+    for table in tables:
+        for slot, parent in zip(slots, [0, *slots[:20], *slots[:39]], strict=True):  # a chain that branches
+            table.link(slot, parent)
+    for _ in range(300):
+        called = [chance.choice([0, *slots]) for _ in range(chance.randint(1, length))]
+        for table, few in zip(tables, (0, 1000), strict=True):
+            monkeypatch.setattr("kvlode.engine.heat.ONE_BY_ONE_MAX", few)
+            table.credit(called)
+    counts = [[table.count(slot) for slot in slots] for table in tables]
+    assert counts[0] == counts[1]
+    assert counts[0][0] == COUNT_MAX

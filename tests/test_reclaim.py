@@ -410,6 +410,43 @@ def test_a_segment_of_tombstones_does_not_leave_before_what_it_kills(
     scene.assert_absent(b"k")
 
 
+class HeldUnlinks(WrappingDevice):
+    """Unlinks of segments take until they may go."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__(inner)
+        self.under_way, self.may_go = threading.Event(), threading.Event()
+
+    def remove(self, path: str) -> None:
+        if path.endswith(".seg"):
+            self.under_way.set()
+            assert self.may_go.wait(30.0)
+        self.inner.remove(path)
+
+
+def test_the_next_segment_is_emptied_while_the_file_of_the_last_one_is_removed() -> None:
+    scene = Scene(HeldUnlinks)
+    device, segments = scene.rig.device, scene.rig.store._core.segments
+
+    def retired() -> int:
+        return sum(segment.retired_at_s is not None for segment in segments.all())
+
+    while not device.under_way.is_set():
+        scene.fill()
+        scene.rig.store.flush(0.05)
+        assert scene.fillers < FILLERS_MAX
+    while retired() < 2:
+        scene.fill()  # not flushed: the writer may wait for the room
+        eventually(lambda: retired() >= 2, 0.01)
+        assert scene.fillers < FILLERS_MAX
+    assert scene.rig.counter("segments_freed") == 0
+    device.may_go.set()
+    assert eventually(lambda: scene.rig.counter("segments_freed") >= 2)
+    assert scene.rig.store.flush(30.0)
+    scene.rig.assert_within_capacity()
+    scene.rig.close()
+
+
 class LosingUnlinks(WrappingDevice):
     """From the first unlink of a segment on, folders cannot be synced any more: the power cut undoes it."""
 

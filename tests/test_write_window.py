@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from contextlib import ExitStack
 
@@ -16,6 +17,7 @@ from kvlode.gds.write_window import (
     WINDOW_BYTES_MIN,
     WriteWindow,
 )
+from rig import eventually
 
 
 class Clock:
@@ -32,7 +34,10 @@ def clock() -> Clock:
 
 
 def write(window: WriteWindow, clock: Clock, seconds: float) -> None:
-    with window.turn(PIECE_BYTES):
+    """As much as the window lets through at once."""
+    with ExitStack() as writes:
+        for _ in range(window.window_bytes // PIECE_BYTES):
+            writes.enter_context(window.turn(PIECE_BYTES))
         clock.now_s += seconds
 
 
@@ -133,10 +138,40 @@ def test_the_window_shrinks_where_even_the_quickest_write_waits(clock: Clock) ->
 def test_writes_that_waited_for_the_processor_do_not_shrink_the_window(clock: Clock) -> None:
     window = WriteWindow(clock)
     for _ in range(20):
-        read(window)
         for number in range(LOOKED_AT):
-            write(window, clock, 0.0005 if number == 3 else 0.02)
+            window._learn(0.0005 if number == 3 else 0.02, full=True)
     assert window.window_bytes == WINDOW_BYTES_MAX
+
+
+def test_single_writes_do_not_say_that_there_is_room_for_more(clock: Clock) -> None:
+    window = WriteWindow(clock)
+    for _ in range(20 * LOOKED_AT):
+        with window.reading(), window.turn(PIECE_BYTES):
+            clock.now_s += 0.0005
+    assert window.window_bytes == WINDOW_BYTES_FIRST
+
+
+def test_threads_have_their_turn_in_the_order_in_which_they_came(clock: Clock) -> None:
+    window = WriteWindow(clock)
+    with window.reading():
+        writers = [Writer(window)]
+        assert writers[0].has_turn.wait(30.0)
+        for waiting in range(1, 6):
+            writers.append(Writer(window))
+            assert eventually(lambda waiting=waiting: len(window._line) == waiting)  # type: ignore[misc]
+        for first, second in itertools.pairwise(writers):
+            assert not second.has_turn.is_set()
+            first.end()
+            assert second.has_turn.wait(30.0)
+        writers[-1].end()
+
+
+def test_a_read_that_an_interrupt_left_open_ends_with_the_next_one_of_its_thread(clock: Clock) -> None:
+    window = WriteWindow(clock)
+    window.begin_read(threading.get_ident())  # and no ``end_read``
+    read(window)
+    clock.now_s += READS_RECENT_S
+    assert not window.reads_recent
 
 
 def test_a_while_after_the_last_read_nothing_holds_writes_up(clock: Clock) -> None:
