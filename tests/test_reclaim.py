@@ -447,6 +447,31 @@ def test_the_next_segment_is_emptied_while_the_file_of_the_last_one_is_removed()
     scene.rig.close()
 
 
+def test_copies_are_not_called_off_for_want_of_the_room_of_a_file_that_is_being_removed() -> None:
+    scene = Scene(HeldUnlinks)
+    device, core = scene.rig.device, scene.rig.store._core
+    scene.fill_until(lambda: core.writer.open_segment_id > 1)  # the first segment to go has nothing that is kept
+    scene.put(b"pinned", 1)
+    with scene.space.pin([b"pinned"]) as held:
+        assert held == 1
+        while not device.under_way.is_set():
+            scene.fill()
+            scene.rig.store.flush(0.05)
+            assert scene.fillers < FILLERS_MAX
+        while not core.keeper._writer_starves():
+            scene.fill()  # not flushed: the writer comes to wait for the room
+            eventually(core.keeper._writer_starves, 0.01)
+            assert scene.fillers < FILLERS_MAX
+        device.may_go.set()
+        assert scene.rig.store.flush(30.0)
+        scene.fill(30)
+        assert scene.rig.store.flush(30.0)
+        scene.assert_holds(b"pinned", 1)
+        assert scene.rig.counter("reinsertions_called_off") == 0
+    scene.rig.assert_within_capacity()
+    scene.rig.close()
+
+
 class LosingUnlinks(WrappingDevice):
     """From the first unlink of a segment on, folders cannot be synced any more: the power cut undoes it."""
 

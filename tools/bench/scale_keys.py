@@ -29,7 +29,7 @@ CALL_KEYS = 128
 """Blocks of a request: what one call of a scheduler asks for."""
 CALLS = 64
 WARM_UP_LOOKUPS = 24
-"""Lookups that do not count: among many keys the first ones also fill RocksDB's cache."""
+"""Lookups that do not count: among many keys the first ones also bring tables into the page cache."""
 PUT_BLOCKS = 500
 OPENINGS = 7
 

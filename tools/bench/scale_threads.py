@@ -135,7 +135,7 @@ def _lookups_in_turn(setting: Setting, figures: Figures) -> None:
     with keys.opened() as store:
         space = store.namespace(bench_namespace(SMALL_BLOCK_BYTES))
         setting.settle(store)
-        _look_up(space, requests, 1)  # fills RocksDB's cache
+        _look_up(space, requests, 1)  # brings tables into the page cache
         for number in range(setting.rounds):
             for threads in THREADS if number % 2 == 0 else reversed(THREADS):
                 calls, matched = _look_up(space, requests, threads)
