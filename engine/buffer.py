@@ -188,8 +188,7 @@ class Buffer:
     def _enqueue(self, entry: Entry) -> None:
         self._check_open()
         unwritten_bytes = self.unwritten_bytes + entry.size_bytes
-        # The first change starts the writer's clock. Waking it for nothing costs more than the copy of a small block. Before the queue
-        # changes: an interrupt behind that could keep the only news from it; whoever wakes looks when this thread lets go of the lock.
+        # The first change starts the writer's clock. Before the queue changes: an interrupt behind that could keep the only news from it.
         if not self.queue or unwritten_bytes >= self.due_bytes or self.tickets_queued < self.flush_target:
             self.changed.notify_all()
         entry.version_seq = self._next_sequence()

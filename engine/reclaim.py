@@ -1,4 +1,4 @@
-"""The keeper thread: a prepared segment for the writer at any time, and room for the one after it. A second thread removes files.
+"""The keeper thread: a prepared segment for the writer at any time, and room for the one after it.
 
 The store never grows over its capacity: before a segment is made, the oldest ones are freed. Freeing a segment is:
 copy forward what the policy keeps, take the other entries out of the index, wait for readers (and, while other
@@ -11,13 +11,11 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, wait
 
 from ..format.errors import DeviceError, NoSpace
 from ..format.layout import segment_name
 from ..format.segment import SegmentHeader
 from ..gds.monitor import Monitor
-from ..gds.threads import WorkerPool
 from .capacity import Budget, segment_bytes_for
 from .catalog import Catalog
 from .commit import CommitThread
@@ -91,22 +89,18 @@ class Keeper:
         self.starved = False
         self._poked = False
         self._stopping = False
-        self._remover = WorkerPool("kvlode-remove", 1)
-        self._removal: Future[None] | None = None
         self._thread = threading.Thread(target=self._run, name="kvlode-keeper", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self, timeout_s: float | None) -> bool:
-        """End both threads and remove the spare segment."""
+        """End the thread and remove the spare segment."""
         with self._lock:
             self._stopping = True
             self._changed.notify_all()
-        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         self._thread.join(timeout_s)
-        remaining_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
-        if self._thread.is_alive() or not self._remover.shutdown(remaining_s):
+        if self._thread.is_alive():
             return False
         if self._spare_bytes and self._health.failure is None:
             try:
@@ -252,8 +246,7 @@ class Keeper:
 
     def _coming_bytes(self) -> int:
         """Room now and after the files of freed segments are gone."""
-        leaving_bytes = sum(segment.size_bytes for segment in self._leaving())  # first: one that goes meanwhile counts twice, not never
-        return leaving_bytes + self._room_bytes()
+        return self._room_bytes() + sum(segment.size_bytes for segment in self._leaving())
 
     def _leaving(self) -> list[Segment]:
         """Freed segments that still have their file, for readers or followers."""
@@ -302,29 +295,15 @@ class Keeper:
         self._segments.device.remove(self._spare_path())
 
     def _remove_one(self) -> bool:
-        """Have the file of a freed segment removed while the next one is emptied; True when a removal began or is over.
-
-        Also while the index refuses changes, for the file may be the room that it waits for.
-        """
-        if self._removal is not None:
-            if not self._removal.done():
-                return False
-            removal, self._removal = self._removal, None
-            removal.result()
-            self._counters.add("segments_freed")
-            return True
+        """Remove the file of a freed segment; also while the index refuses changes, for the file may be the room that it waits for."""
         grace_s = self._config.reclaim_grace_s if self._followers_present() else 0.0
         segment_id = self._segments.claim_removable(self._clock.monotonic_s(), grace_s)
         if segment_id is None:
             return False
-        self._removal = self._remover.submit(self._remove, segment_id)
-        self._removal.add_done_callback(lambda _: self.poke())
-        return True
-
-    def _remove(self, segment_id: int) -> None:
-        """On the remover's thread: an unlink with its sync takes as long as emptying a segment does."""
         self._commit.call(self._commit.sync_index).result(COMMIT_WAIT_S)
         self._segments.remove(segment_id)
+        self._counters.add("segments_freed")
+        return True
 
     # --- freeing a segment --------------------------------------------------------------------------------------
 
@@ -352,6 +331,4 @@ class Keeper:
             return True
         if not self._writer_starves():
             return False
-        if self._room_bytes() < self._needed_bytes() and self._removal is not None:
-            wait([self._removal], COMMIT_WAIT_S)  # the room of the segment before this one comes in a moment
         return self._room_bytes() < self._needed_bytes() or not self._make_spare(self._needed_bytes())

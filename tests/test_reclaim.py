@@ -410,68 +410,6 @@ def test_a_segment_of_tombstones_does_not_leave_before_what_it_kills(
     scene.assert_absent(b"k")
 
 
-class HeldUnlinks(WrappingDevice):
-    """Unlinks of segments take until they may go."""
-
-    def __init__(self, inner: Any) -> None:
-        super().__init__(inner)
-        self.under_way, self.may_go = threading.Event(), threading.Event()
-
-    def remove(self, path: str) -> None:
-        if path.endswith(".seg"):
-            self.under_way.set()
-            assert self.may_go.wait(30.0)
-        self.inner.remove(path)
-
-
-def test_the_next_segment_is_emptied_while_the_file_of_the_last_one_is_removed() -> None:
-    scene = Scene(HeldUnlinks)
-    device, segments = scene.rig.device, scene.rig.store._core.segments
-
-    def retired() -> int:
-        return sum(segment.retired_at_s is not None for segment in segments.all())
-
-    while not device.under_way.is_set():
-        scene.fill()
-        scene.rig.store.flush(0.05)
-        assert scene.fillers < FILLERS_MAX
-    while retired() < 2:
-        scene.fill()  # not flushed: the writer may wait for the room
-        eventually(lambda: retired() >= 2, 0.01)
-        assert scene.fillers < FILLERS_MAX
-    assert scene.rig.counter("segments_freed") == 0
-    device.may_go.set()
-    assert eventually(lambda: scene.rig.counter("segments_freed") >= 2)
-    assert scene.rig.store.flush(30.0)
-    scene.rig.assert_within_capacity()
-    scene.rig.close()
-
-
-def test_copies_are_not_called_off_for_want_of_the_room_of_a_file_that_is_being_removed() -> None:
-    scene = Scene(HeldUnlinks)
-    device, core = scene.rig.device, scene.rig.store._core
-    scene.fill_until(lambda: core.writer.open_segment_id > 1)  # the first segment to go has nothing that is kept
-    scene.put(b"pinned", 1)
-    with scene.space.pin([b"pinned"]) as held:
-        assert held == 1
-        while not device.under_way.is_set():
-            scene.fill()
-            scene.rig.store.flush(0.05)
-            assert scene.fillers < FILLERS_MAX
-        while not core.keeper._writer_starves():
-            scene.fill()  # not flushed: the writer comes to wait for the room
-            eventually(core.keeper._writer_starves, 0.01)
-            assert scene.fillers < FILLERS_MAX
-        device.may_go.set()
-        assert scene.rig.store.flush(30.0)
-        scene.fill(30)
-        assert scene.rig.store.flush(30.0)
-        scene.assert_holds(b"pinned", 1)
-        assert scene.rig.counter("reinsertions_called_off") == 0
-    scene.rig.assert_within_capacity()
-    scene.rig.close()
-
-
 class LosingUnlinks(WrappingDevice):
     """From the first unlink of a segment on, folders cannot be synced any more: the power cut undoes it."""
 
