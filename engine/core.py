@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ..format.errors import DeviceError, FormatError, StoreClosed
+from ..format.errors import FormatError, StoreClosed
 from ..format.keys import key_digest
 from ..format.layout import PAGE_BYTES, QUARANTINE_FOLDER, round_up_pages
 from ..format.superblock import Superblock
@@ -27,7 +27,7 @@ from .catalog import Catalog
 from .codec_policy import Resources
 from .commit import CommitThread
 from .config import MIB, Clock, StoreConfig
-from .contract import BlockInfo, Refusal, Status
+from .contract import Refusal, Status
 from .delivery import ReadRequest
 from .drive_rate import resources_now
 from .encoder import Encoder
@@ -41,11 +41,10 @@ from .jobs import ReadJob
 from .lookups import LookupCache
 from .namespaces import NamespaceTable
 from .pins import PinTable
-from .policy import HitThreshold
+from .policies.reinsertion import HitThreshold
 from .reader import EXTENT_BYTES_MAX, Reader
 from .reclaim import Keeper
 from .recovery import Recovered
-from .reinsertion import load_header
 from .segments import SegmentTable
 from .stats import Counters
 from .writer import Sequence as SequenceNumbers
@@ -261,35 +260,6 @@ class Core:
             logger.error("block %s is dropped: %s", request.key.hex(), error)
         self.forget_entry(request.namespace + request.key, request.entry, "lost_blocks" if error is None else "corrupt_blocks")
 
-    def block_info(self, ident: bytes) -> BlockInfo | None:
-        """Facts about a block, from the buffer or its header page."""
-        now_ns = self.clock.now_ns()
-        held = self.buffer.acquire(ident)
-        if held is not None:
-            try:
-                if held.expires_at_ns and now_ns >= held.expires_at_ns:
-                    return None
-                durable = self.buffer.durable(held)
-                expires = held.expires_at_ns or None
-                size = held.size_bytes
-                return BlockInfo(size, size, held.written_at_ns, expires, max(held.depth, 0), held.tag, held.meta, durable)
-            finally:
-                self.buffer.release()
-        entry = None if self.buffer.hides(ident) else self.find([ident])[0]
-        if entry is None or (entry.expires_at_ns and now_ns >= entry.expires_at_ns):
-            return None
-        try:
-            with self.segments.reading(entry.segment_id) as file:
-                if file is None:
-                    return None
-                header = load_header(file, self.superblock.store_uuid, entry.segment_id, entry.offset)
-        except (FormatError, DeviceError) as error:
-            logger.warning("%s", error)
-            return None
-        expires = header.expires_at_ns or None
-        lengths = header.raw_length, header.stored_length
-        return BlockInfo(*lengths, header.written_at_ns, expires, header.depth, header.tag, header.meta, durable=True)
-
     # --- jobs -------------------------------------------------------------------------------------------------
 
     def start_job(self, job: ReadJob, work: Callable[[], Any]) -> None:
@@ -366,34 +336,6 @@ class Core:
             self.lock.release()
         if self._owns_device:
             self.device.close()
-
-    def stats(self) -> dict[str, Any]:
-        """Plain values for people and metrics."""
-        segments = self.segments.all()
-        used = self.keeper.used_bytes() if not self.follower else self.segments.total_bytes()
-        return {
-            "path": self.path,
-            "store_uuid": self.superblock.store_uuid.hex(),
-            "role": "follower" if self.follower else "writer",
-            "failure": None if self.health.failure is None else str(self.health.failure),
-            "capacity_bytes": self.config.capacity_bytes,
-            "used_bytes": used + self.budget.fixed_bytes + self.catalog.index.size_bytes(),
-            "segments": {
-                "count": len(segments),
-                "sealed": sum(s.sealed for s in segments),
-                "leaving": sum(s.retired_at_s is not None for s in segments),
-                "bytes": sum(s.size_bytes for s in segments),
-            },
-            "index": {"size_bytes": self.catalog.index.size_bytes(), "waiting_changes": self.catalog.waiting_changes},
-            "buffer": self.buffer.usage(),
-            "io_paths": {kind: str(path) for kind, path in self.device.paths().items()},
-            "io": {str(path): _counter_values(counter) for path, counter in self.device.counters().items()},
-            "counters": self.counters.snapshot(),
-        }
-
-
-def _counter_values(counter: Any) -> dict[str, int]:
-    return {name: getattr(counter, name) for name in ("reads", "read_bytes", "writes", "write_bytes")}
 
 
 def _remaining(deadline_s: float | None) -> float | None:

@@ -23,7 +23,8 @@ from .index import IndexWriteError
 from .index_entry import IndexEntry
 from .namespaces import NamespaceTable
 from .pins import PinTable
-from .policy import Candidate, ReinsertionPolicy
+from .policies.interface import Candidate
+from .policies.reinsertion import ReinsertionPolicy
 from .reinsertion import CopyForward, Reinsertion, WriterRoom, file_reader, load_record
 from .segments import Segment, SegmentTable
 from .stats import Counters

@@ -15,6 +15,7 @@ from ..format.errors import InvalidBlock, InvalidConfig, KvlodeError, StoreFaile
 from ..format.keys import check_key, check_meta, key_digest, tag_digest
 from ..format.layout import ZERO_DIGEST
 from ..format.namespace import Namespace
+from .block_facts import block_info
 from .blocks import BlockView, check_start, cut_spans, pairs_of, view_block
 from .contract import Block, BlockInfo, LoadEstimate, PutStatus, Refusal, Status
 from .entry import Entry, Kind
@@ -251,7 +252,7 @@ class Space:
 
     def info(self, keys: Sequence[bytes]) -> list[BlockInfo | None]:
         self._core.check_usable()
-        return self._core.in_background(lambda: [self._core.block_info(self.digest + key) for key in keys])
+        return self._core.in_background(lambda: [block_info(self._core, self.digest + key) for key in keys])
 
     def estimate(self, keys: Sequence[bytes]) -> LoadEstimate:
         core = self._core

@@ -14,6 +14,7 @@ from .core import Core
 from .events import EventBatch
 from .registry import OpenStore
 from .space import Space
+from .store_stats import store_stats
 
 
 class DiskStore:
@@ -87,7 +88,7 @@ class DiskStore:
 
     def stats(self) -> Mapping[str, Any]:
         self._check_usable()
-        return self._core.stats()
+        return store_stats(self._core)
 
     def close(self, timeout: float | None = 30.0) -> bool:
         """Give up this handle; the last one of the store flushes and stops it. False when that did not finish in time.

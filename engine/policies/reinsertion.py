@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
+
+from .interface import Candidate
 
 REINSERTED_SHARE_MAX = 0.25
 """At most this share of a freed segment is written again, which bounds write amplification by 1 / (1 - 0.25) = 1.33."""
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A live block of the segment that is being freed."""
-
-    position: int
-    """Row of the segment's table of contents."""
-    ident: bytes
-    stored_bytes: int
-    hits: int
-    """Uses since it was written last."""
-    pinned: bool
 
 
 class ReinsertionPolicy(Protocol):

@@ -1,0 +1,1 @@
+"""What a store decides about its blocks: which segment is freed, what is copied forward, what is taken in."""
