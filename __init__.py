@@ -16,6 +16,7 @@ from .engine.config import StoreConfig
 from .engine.contract import BlockInfo, BlockSpace, GetJob, LoadEstimate, PutJob, PutState, PutStatus, Refusal, Status, Store
 from .engine.events import EventBatch, EventKind, StoreEvent
 from .engine.jobs import CompletionQueue
+from .engine.limits import Limits
 from .engine.memory_store import MemoryStore
 from .engine.opening import follow_store, open_store
 from .engine.store import DiskStore
@@ -109,6 +110,7 @@ __all__ = [
     "BlockInfo",
     "BlockSpace",
     "CompletionQueue",
+    "Limits",
     "CorruptRecord",
     "DeviceError",
     "DiskStore",

@@ -102,8 +102,14 @@ class ChunkArena:
         self._references[self._current] += 1
         return allocation
 
-    def release(self, allocation: Allocation) -> None:
-        """Give a block's memory back; a chunk is free again when its last block is gone. Doing it twice is harmless."""
+    def release(self, allocation: Allocation, *, wipe: bool = False) -> None:
+        """Give a block's memory back; a chunk is free again when its last block is gone. Doing it twice is harmless.
+
+        ``wipe`` overwrites it first, so that nothing of a block that may have to be purged stays behind where nobody knows of it.
+        """
+        if wipe and allocation.chunks is not _NO_CHUNKS:
+            for span in allocation.spans:
+                span[:] = 0
         chunks, allocation.chunks = allocation.chunks, _NO_CHUNKS  # no call between this and the next line
         self._references[chunks] -= 1
 

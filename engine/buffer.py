@@ -13,7 +13,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 
 from ..format.errors import StoreClosed
-from ..format.layout import PAGE_BYTES
+from ..format.layout import PAGE_BYTES, ZERO_DIGEST
 from ..gds.monitor import Monitor
 from ..gds.prefault import Prefault
 from .arena import Bytes, ChunkArena
@@ -139,15 +139,16 @@ class Buffer:
             self._forget(entry)
             self.changed.notify_all()
 
-    def enqueue_tombstone(self, entry: Entry) -> None:
+    def enqueue_tombstone(self, entry: Entry, *, beneath: bool = False) -> None:
         """Hide a key at once and queue its tombstone; a dirty block under the key is cancelled or overtaken in the log."""
         with self.lock:
             present = self.entries.get(entry.ident)
-            if present is not None and present.state is State.FILLING:
+            if present is None or present.state is not State.FILLING:
+                if present is not None:
+                    self._hide(present)
+                self.entries[entry.ident] = entry
+            elif not beneath:
                 return  # that put has not returned yet: it counts as later than this delete
-            if present is not None:
-                self._hide(present)
-            self.entries[entry.ident] = entry
             self._enqueue(entry)
 
     def enqueue_drop(self, entry: Entry, raise_floor: Callable[[bytes, int], None]) -> None:
@@ -295,8 +296,7 @@ class Buffer:
     def take_reinsertions(self) -> list[Entry]:
         """All waiting copies of stored records, for a segment that was just opened."""
         with self.lock:
-            taken = list(self.reinsertions)
-            self.reinsertions.clear()
+            taken, self.reinsertions = list(self.reinsertions), deque()
             return taken
 
     def settle(self, entries: Iterable[Entry], status: PutStatus = DURABLE, *, keep_readable: bool = False) -> None:
@@ -367,7 +367,7 @@ class Buffer:
         """Free the memory of a block that is gone, settled and held by nobody."""
         settled = entry.ticket <= self.tickets_settled
         if entry.state is State.GONE and settled and entry.allocation is not None and not self._held(entry):
-            self._arena.release(entry.allocation)
+            self._arena.release(entry.allocation, wipe=entry.tag != ZERO_DIGEST)
             entry.allocation, entry.spans = None, ()
 
     def wait_prefaulted(self, timeout_s: float | None) -> bool:

@@ -9,6 +9,7 @@ from ..format.layout import DIGEST_BYTES, KEY_BYTES_MAX, PAGE_BYTES
 from .config import MIB, SEGMENT_BYTES_MIN, SEGMENTS_MIN, StoreConfig
 from .heat import heat_bytes, slots_for_capacity
 from .index_entry import ENTRY_BYTES
+from .stats_file import folder_bytes_max
 
 SEGMENT_DEFAULT_MIN = 64 * MIB
 SEGMENT_DEFAULT_MAX = 4096 * MIB
@@ -28,7 +29,7 @@ class Budget:
 
     capacity_bytes: int
     fixed_bytes: int
-    """Superblock, heat table, the bounded log and WAL of the index."""
+    """Superblock, heat table, the bounded log and WAL of the index, published statistics."""
     index_factor: float = 2.2
     """The index may double during compaction."""
 
@@ -53,7 +54,9 @@ def segment_bytes_for(config: StoreConfig, budget: Budget, block_bytes_max: int)
 
 def budget_for(config: StoreConfig) -> Budget:
     """The capacity formula with these options. Raises ``InvalidConfig`` when hardly anything would be left for segments."""
-    rocksdb_bytes = 0 if config.index_kind == "memory" else wal_bytes_for(config) + LOG_BYTES
+    rocksdb_bytes = 0
+    if config.index_kind != "memory":  # which has nothing on disk, and publishes nothing
+        rocksdb_bytes = wal_bytes_for(config) + LOG_BYTES + folder_bytes_max(config.capacity_bytes)
     budget = Budget(config.capacity_bytes, 2 * PAGE_BYTES + heat_bytes(slots_for_capacity(config.capacity_bytes)) + rocksdb_bytes)
     segment_bytes = config.segment_bytes or 64 * PAGE_BYTES
     smallest = SEGMENTS_AT_LEAST * segment_bytes + budget.index_growth_bytes(SEGMENTS_AHEAD * segment_bytes)

@@ -11,10 +11,12 @@ import itertools
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
 from ..format.errors import StoreClosed
+from ..format.layout import PAGE_BYTES
 from ..gds.monitor import Outcome
 from .buffer import Buffer
 from .catalog import Catalog, Checkpoint
@@ -28,6 +30,7 @@ from .jobs import DURABLE, refused
 from .segment_writer import Dropped, LogBatch, SealWrite
 from .segments import SegmentTable
 from .stats import Counters
+from .usage import UsageTable
 
 logger = logging.getLogger("kvlode")
 Answer = TypeVar("Answer")
@@ -42,12 +45,15 @@ _EVENTS = {Kind.BLOCK: EventKind.STORED, Kind.TOMBSTONE: EventKind.REMOVED, Kind
 class CommitThread:
     """See the module. ``submit`` takes the writer's items in order; ``call`` runs a function between two commits."""
 
-    def __init__(self, buffer: Buffer, catalog: Catalog, segments: SegmentTable, counters: Counters, health: Health) -> None:
+    def __init__(
+        self, buffer: Buffer, catalog: Catalog, segments: SegmentTable, counters: Counters, health: Health, usage: UsageTable
+    ) -> None:
         self._buffer = buffer
         self._catalog = catalog
         self._segments = segments
         self._counters = counters
         self._health = health
+        self._usage = usage
         self._items: queue.SimpleQueue[LogBatch | SealWrite | list[Dropped] | Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="kvlode-commit", daemon=True)
         self._ended = False
@@ -149,8 +155,12 @@ class CommitThread:
     def _commit_group(self, group: list[LogBatch]) -> None:
         if self._health.failure is None:
             try:
+                for batch in group:
+                    batch.write.result()
+                began_s = time.perf_counter()
                 self._make_durable(group)
                 self._index(group)
+                self._counters.latency.observe("commit", time.perf_counter() - began_s)
             except Exception as error:  # a device error, or a defect: stop writing rather than lose track of what is durable
                 self._health.latch(error)
         for batch in group:
@@ -160,8 +170,6 @@ class CommitThread:
                 self._settle_all(batch, Refusal.STORE_FAILED)
 
     def _make_durable(self, group: list[LogBatch]) -> None:
-        for batch in group:
-            batch.write.result()
         for segment in {id(batch.segment): batch.segment for batch in group}.values():
             segment.file.sync()
         if any(batch.starts_segment for batch in group):
@@ -184,6 +192,17 @@ class CommitThread:
         self._catalog.events.add(EventKind.STORED, self._returned)  # first: changes of their keys can only lie behind them
         for batch in group:
             self._tell(batch)
+            self._count_usage(batch)
+
+    def _count_usage(self, batch: LogBatch) -> None:
+        """In log order, so that what was put after a drop counts."""
+        for dropping, pairs in itertools.groupby(batch.entries, lambda pair: pair[0].kind is Kind.DROP):
+            if dropping:
+                for entry, _ in pairs:
+                    self._usage.forget_namespace(entry.namespace.digest)
+                continue
+            blocks = [(e.namespace.digest, r.record_pages * PAGE_BYTES, e.kind is Kind.BLOCK) for e, r in pairs if r is not None]
+            self._usage.add_many(batch.segment.segment_id, blocks)
 
     def _tell(self, batch: LogBatch) -> None:
         for kind, entries in itertools.groupby((entry for entry, _ in batch.entries), lambda entry: entry.kind):
@@ -219,8 +238,10 @@ class CommitThread:
 
     def _settle_batch(self, batch: LogBatch) -> None:
         written = sum(record.stored_length for _, record in batch.entries if record is not None)
-        raw = sum(entry.size_bytes for entry, _ in batch.entries if entry.kind is Kind.BLOCK)
-        self._counters.add_many({"written_records": len(batch.entries), "written_stored_bytes": written, "written_raw_bytes": raw})
+        blocks = [(entry, record) for entry, record in batch.entries if entry.kind is Kind.BLOCK and record is not None]
+        fresh = [(entry.size_bytes, record.stored_length) for entry, record in blocks]
+        counts = {"written_records": len(batch.entries), "written_stored_bytes": written, "written_raw_bytes": sum(raw for raw, _ in fresh)}
+        self._counters.add_many(counts | {"written_blocks": len(fresh), "fresh_stored_bytes": sum(stored for _, stored in fresh)})
         self._in_turn([(entry, DURABLE) for entry, _ in batch.entries] + [(d.entry, refused(d.reason)) for d in batch.dropped])
         for entry, _ in batch.entries:
             if entry.kind is Kind.DROP:

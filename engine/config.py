@@ -4,41 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import time
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Literal, Protocol
 
 from ..format.errors import InvalidConfig
 from ..format.layout import PAGE_BYTES, Codec
-
-KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-_UNITS = {"": 1, "b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "tib": 1 << 40, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-_SIZE = re.compile(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([a-zA-Z]*)\s*\Z", re.ASCII)
-
-_SHOWN_MAX = 80
-"""Characters of a text that is no size that its error repeats."""
+from .limits import LimitsByNamespace, check_quotas, checked_limits
+from .policy_choice import admission_policy_of, reclaim_policy_of
+from .sizes import GIB as GIB
+from .sizes import KIB as KIB
+from .sizes import MIB as MIB
+from .sizes import parse_bytes as parse_bytes
 
 SEGMENT_BYTES_MIN = 64 * KIB
 SEGMENTS_MIN = 16
 """A store holds at least this many segments, so that freeing one costs little of the cache."""
-
-
-def parse_bytes(size: int | str, name: str = "size") -> int:
-    """``"200GiB"``, ``"64 MB"`` or a plain number of bytes."""
-    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
-        return size
-    match = _SIZE.match(size) if isinstance(size, str) else None
-    unit = _UNITS.get(match.group(2).lower()) if match else None
-    size_bytes = int(Fraction(match.group(1)) * unit) if match is not None and unit is not None else 0
-    if size_bytes < 1:
-        raise InvalidConfig(
-            f"{name} is not a size",
-            expected="a positive number of bytes, or text such as '200GiB' or '64 MB'",
-            actual=repr(size)[:_SHOWN_MAX],
-        )
-    return size_bytes
 
 
 class Clock(Protocol):
@@ -76,6 +57,8 @@ class StoreConfig:
     """DRAM for blocks on their way to the drive and for recently used ones."""
     gds: Literal["auto", "require", "off"] = "auto"
     on_locked: Literal["fail", "wait", "follow"] = "fail"
+    on_incompatible: Literal["refuse", "set_aside", "fresh"] = "refuse"
+    """What becomes of a store that this version cannot write: an error, moved away whole, or removed; see ``engine.incompatible``."""
     lock_timeout_s: float = 30.0
     """How long ``on_locked="wait"`` waits for the other writer."""
     flush_after_s: float = 0.2
@@ -100,6 +83,18 @@ class StoreConfig:
     """Hits since it was written that carry a block forward when its segment is freed; 0 turns reinsertion off."""
     reclaim_grace_s: float = 5.0
     """How long a freed segment's file stays while other processes read the store."""
+    reclaim_policy: str = "reinsertion"
+    """Which segment is freed and what of it is copied forward; see ``engine.policies.registry``."""
+    write_amplification_max: float = 1.15
+    """Bytes written by bytes of new blocks that copying forward may come to; the policy's threshold rises to hold it."""
+    admission_policy: str = "budget"
+    """Which new blocks are taken in; see ``engine.policies.registry``."""
+    write_budget_bytes_per_day: int | None = None
+    """What ``admission_policy="budget"`` writes a day once the store has been full; ``None``: the capacity, at least 1 TiB."""
+    min_free_disk_bytes: int = 0
+    """Room that the file system keeps: the store frees segments, and then refuses blocks, rather than take the last of it."""
+    limits: LimitsByNamespace = dataclasses.field(default_factory=dict)
+    """Quotas, shares of writes and lifetimes by namespace (``kvlode.Limits``)."""
     index_kind: Literal["rocksdb", "memory"] = "rocksdb"
     index_cache_bytes: int = 0
 
@@ -117,12 +112,38 @@ class StoreConfig:
                 raise InvalidConfig(f"{name} is unknown", expected=" or ".join(choices), actual=repr(getattr(self, name)))
         if self.buffer_bytes < MIB:
             raise InvalidConfig("the buffer is too small", expected="at least 1 MiB", actual=f"{self.buffer_bytes} bytes")
+        self._check_policies()
         if self.segment_bytes is not None and (self.segment_bytes < SEGMENT_BYTES_MIN or self.segment_bytes % PAGE_BYTES):
             raise InvalidConfig(
                 "segment_bytes cannot be used",
                 expected=f"a multiple of {PAGE_BYTES}, at least {SEGMENT_BYTES_MIN}",
                 actual=self.segment_bytes,
             )
+
+    def _check_policies(self) -> None:
+        if self.write_budget_bytes_per_day is not None and self.write_budget_bytes_per_day < 1:
+            raise InvalidConfig(
+                "a write budget cannot be used",
+                expected="a positive number of bytes a day, or None (the default)",
+                actual=self.write_budget_bytes_per_day,
+            )
+        if self.write_budget_bytes_per_day is not None and self.admission_policy != "budget":
+            raise InvalidConfig(
+                "a write budget that nobody holds",
+                expected="admission_policy='budget', or no write_budget_bytes_per_day",
+                actual=f"admission_policy={self.admission_policy!r}, write_budget_bytes_per_day={self.write_budget_bytes_per_day}",
+                action="Leave one of the two out.",
+            )
+        if self.min_free_disk_bytes < 0:
+            raise InvalidConfig("min_free_disk_bytes is negative", expected=">= 0 bytes", actual=self.min_free_disk_bytes)
+        if not 1 <= self.write_amplification_max < float("inf"):
+            raise InvalidConfig(
+                "write_amplification_max cannot be used", expected=">= 1, such as 1.15", actual=self.write_amplification_max
+            )
+        object.__setattr__(self, "limits", checked_limits(self.limits))
+        check_quotas(self.limits, self.capacity_bytes)
+        reclaim_policy_of(self)
+        admission_policy_of(self)
 
     @classmethod
     def build(cls, *, capacity: int | str | None = None, buffer: int | str | None = None, **options: object) -> StoreConfig:
@@ -135,6 +156,9 @@ class StoreConfig:
             options["capacity_bytes"] = parse_bytes(capacity, "capacity")
         if buffer is not None:
             options["buffer_bytes"] = parse_bytes(buffer, "buffer")
+        for name in ("min_free_disk_bytes", "write_budget_bytes_per_day"):
+            if isinstance(options.get(name), str):
+                options[name] = parse_bytes(options[name], name)  # type: ignore[arg-type]
         return cls(**options)  # type: ignore[arg-type]
 
     @property
@@ -146,6 +170,7 @@ class StoreConfig:
 _CHOICES = {
     "gds": ("auto", "require", "off"),
     "on_locked": ("fail", "wait", "follow"),
+    "on_incompatible": ("refuse", "set_aside", "fresh"),
     "codec": ("auto", "raw", "zstd", "planes+zstd"),
     "index_kind": ("rocksdb", "memory"),
 }

@@ -73,6 +73,10 @@ class Refusal(enum.StrEnum):
     READ_ONLY = "read only"
     DELETED = "deleted before it was durable"
     BUFFER_DAMAGED = "bytes changed between put and flush"
+    QUOTA = "quota of the namespace used up"
+    WRITE_SHARE = "share of writes of the namespace used up"
+    NOT_ADMITTED = "not worth a write"
+    """The admission policy leaves it out; put it again when it is computed again, and it may be taken in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +118,24 @@ class LoadEstimate:
     """Payload bytes to be read from the drive, and ``raw_bytes`` for blocks that are served from memory."""
     seconds: float
     """At the rate of recent reads, those of other jobs included; before the first read, at that of a common NVMe drive (1 GB/s)."""
+
+
+@dataclass(frozen=True, slots=True)
+class PurgeReport:
+    """What a purge found and did (``Store.purge``)."""
+
+    tag: bytes
+    """16-byte digest of the tag, as in ``BlockInfo.tag``."""
+    physical: bool
+    blocks: int
+    """Keys that were deleted by this call. Those that an earlier purge had deleted are not counted again."""
+    records_erased: int
+    """Records whose bytes this call took off the drive (for a store in memory: blocks that were overwritten)."""
+    bytes_erased: int
+    quarantine_files_erased: int
+    complete: bool
+    """Nothing of the tag that was put before the call is left. Otherwise ``reasons`` says why; the same call goes on from there."""
+    reasons: tuple[str, ...] = ()
 
 
 class PutJob(Protocol):
@@ -309,6 +331,21 @@ class Store(Protocol):
 
         Durable means in the log: an index that could not be synced (``index_write_errors``) is brought up to date from there by
         the next open, also after a crash, and does not make the answer False.
+        """
+        ...
+
+    def purge(self, tag: str | bytes, *, physical: bool = False, timeout: float | None = None) -> PurgeReport:
+        """Delete every block that was put with this tag (a tenant, a session) before the call; durable when it returns.
+
+        It goes by tables of contents, not by the index, so that it also reaches what the index has given up: about 120 bytes and
+        the key are read for each record of the store, and each key found costs a page in the log. A key that ever held a block of
+        the tag is deleted whatever it holds now. Works beside everything else; a block that is being put meanwhile may stay.
+
+        ``physical``: the bytes go too, payload and metadata, from the drive (holes are punched, or zeros written), from the store's
+        memory and from quarantine. Keys stay in tombstones and tables of contents. A read that is under way may end as ``CORRUPT``.
+
+        After a crash, a time-out or an error the same call finishes the work. Raises ``StoreFailed`` where nothing can be written
+        (a follower), ``InvalidKey`` for what is no tag.
         """
         ...
 

@@ -21,6 +21,7 @@ from ..gds.buffers import SlotPool, aligned_array
 from ..gds.device import Device, DeviceLock
 from ..gds.monitor import Outcome
 from ..gds.threads import WorkerPool
+from .admission import Admission
 from .buffer import Buffer
 from .capacity import Budget
 from .catalog import Catalog
@@ -35,18 +36,22 @@ from .entry import Kind
 from .eviction import Evictor
 from .health import Health
 from .heat_file import SharedHeat
+from .housekeeping import Housekeeping
 from .index_entry import IndexEntry
 from .index_open import mark_for_rebuild, read_ahead
 from .jobs import ReadJob
 from .lookups import LookupCache
+from .miss_ratio import DISTANCE_CAPACITIES, MissRatioSampler
 from .namespaces import NamespaceTable
 from .pins import PinTable
-from .policies.reinsertion import HitThreshold
+from .policy_choice import admission_policy_of, reclaim_policy_of
 from .reader import EXTENT_BYTES_MAX, Reader
 from .reclaim import Keeper
 from .recovery import Recovered
 from .segments import SegmentTable
 from .stats import Counters
+from .store_stats import stats_file_of
+from .usage import UsageTable
 from .writer import Sequence as SequenceNumbers
 from .writer import Writer
 
@@ -89,8 +94,10 @@ class Core:
         self.heat, self._shared_heat = parts.heat.table, parts.heat
         self.counters, self.budget, self.lock = parts.counters, parts.budget, parts.lock
         self.follower = parts.recovered is None
-        self.health = Health()
+        self.health = Health(lambda error: self.counters.decisions.note("writer_stopped", str(error), kind=type(error).__name__))
         self.closed_reason: str | None = None
+        self.reconfiguring = threading.Lock()
+        self.opened_with = parts.config
         self._catch_up = parts.catch_up
         self._owns_device = parts.owns_device
         self._jobs: set[ReadJob] = set()
@@ -103,6 +110,11 @@ class Core:
             serve_clean=self.config.serve_clean,
             next_sequence=self.sequence,
             batch_bytes=self.config.batch_bytes,
+        )
+        self.usage = UsageTable()
+        self.miss_ratio = MissRatioSampler(DISTANCE_CAPACITIES * self.config.capacity_bytes)
+        self.admission = Admission(
+            admission_policy_of(self.config), self.config.limits, self.usage, self.config.capacity_bytes, self.clock.monotonic_s
         )
         self.pins = PinTable(self.budget.for_segments(0, 0), self._record_bytes)
         self._encode_pool = WorkerPool("kvlode-encode", self.config.encode_threads)
@@ -125,24 +137,26 @@ class Core:
         if recovered is not None:
             self._wire_writer(recovered)
         self.lookups.start()
-        self._shared_heat.start()
+        self._stats_file = stats_file_of(self) if parts.owns_device else None
+        self._shared_heat.start(self._stats_file)
         self._job_pool.submit(read_ahead, self.path)
 
     def _wire_writer(self, recovered: Recovered) -> None:
-        self.commit = CommitThread(self.buffer, self.catalog, self.segments, self.counters, self.health)
-        evictor = Evictor(
+        self.commit = CommitThread(self.buffer, self.catalog, self.segments, self.counters, self.health, self.usage)
+        self.evictor = Evictor(
             self.clock,
             self.segments,
             self.buffer,
             self.catalog,
             self.commit,
             self.heat,
-            HitThreshold(self.config.reinsert_hits_min),
+            reclaim_policy_of(self.config),
             self.counters,
             self.namespaces,
             store_uuid=self.superblock.store_uuid,
             pins=self.pins,
             copy_bytes_max=self.config.batch_bytes,
+            beyond_quota=self.admission.beyond_quota,
         )
         self.keeper = Keeper(
             self.config,
@@ -152,7 +166,9 @@ class Core:
             self.commit,
             self.counters,
             self.health,
-            evictor,
+            self.evictor,
+            Housekeeping(self.segments, self.usage, self.evictor, self.config.limits, self.counters),
+            self.usage,
             self.budget,
             store_uuid=self.superblock.store_uuid,
             epoch=recovered.epoch,
@@ -160,6 +176,7 @@ class Core:
             followers_present=self._followers_present,
             quarantine_bytes=self._quarantine_bytes,
             on_index_damaged=lambda: mark_for_rebuild(self.path, self.config),
+            on_filled=self._on_filled,
         )
         self.writer = Writer(
             self.config,
@@ -174,11 +191,15 @@ class Core:
             self.counters,
             self.health,
         )
+        self.admission.on_over_quota = self.keeper.poke
         self.commit.start()
         for namespace, floor_seq in self.catalog.floors.items():
             self.commit.purge(namespace, floor_seq)
         self.keeper.start()
         self.writer.start()
+
+    def _on_filled(self) -> None:
+        self.admission.filled = True
 
     # --- answers for the other parts ----------------------------------------------------------------------------
 
@@ -248,7 +269,8 @@ class Core:
 
     def forget_entry(self, ident: bytes, entry: IndexEntry, counter: str) -> None:
         """Drop an index entry that turned out to be useless, if it still points at that record."""
-        self.counters.add(counter)
+        self.counters.add_for(ident[:16], {counter: 1})
+        self.counters.decisions.note_block(counter, ident, entry)
         self.lookups.invalidate(ident)
         self.catalog.hide(ident, entry.segment_id, entry.offset)  # whoever asks or puts now must not wait for the commit thread
         if not self.follower:
@@ -295,7 +317,8 @@ class Core:
         """
         if self.follower:
             return True
-        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        began_s = time.monotonic()
+        deadline_s = None if timeout_s is None else began_s + timeout_s
         if not self.buffer.wait_settled(self.buffer.tickets_queued, timeout_s):
             return False
         if self.health.failure is None:
@@ -303,7 +326,13 @@ class Core:
                 self.commit.call(self.commit.sync_index).result(_remaining(deadline_s))
             except TimeoutError:
                 return False
+        self.counters.latency.observe("flush", time.monotonic() - began_s)
         return self.buffer.take_dropped() == 0 and self.health.failure is None
+
+    def wipe_memory(self) -> None:
+        """Overwrite what earlier writes and reads have left in the memory of their slots."""
+        self._staging.wipe()
+        self._bounce.wipe()
 
     def close(self, timeout_s: float | None) -> bool:
         """Stop everything in order. False when the deadline passed: what still runs is left behind, never cut short."""

@@ -6,9 +6,11 @@ import logging
 from collections.abc import Callable
 from typing import TypeAlias
 
+import numpy as np
+
 from ..format.errors import DeviceError, FormatError, KvlodeError
 from ..format.keys import key_digest
-from ..format.layout import PAGE_BYTES, RecordType
+from ..format.layout import PAGE_BYTES, ZERO_DIGEST, RecordType
 from ..format.namespace import Namespace
 from ..format.seal import SealTable
 from ..format.walk import find_seal
@@ -23,8 +25,7 @@ from .index import IndexWriteError
 from .index_entry import IndexEntry
 from .namespaces import NamespaceTable
 from .pins import PinTable
-from .policies.interface import Candidate
-from .policies.reinsertion import ReinsertionPolicy
+from .policies.interface import Candidate, ReclaimPolicy
 from .reinsertion import CopyForward, Reinsertion, WriterRoom, file_reader, load_record
 from .segments import Segment, SegmentTable
 from .stats import Counters
@@ -32,6 +33,8 @@ from .stats import Counters
 logger = logging.getLogger("kvlode")
 
 COMMIT_WAIT_S = 30.0
+
+_DELETES = [int(RecordType.TOMBSTONE), int(RecordType.NAMESPACE_DROP)]
 
 Place: TypeAlias = tuple[bytes, int, int]
 """A block and where its record lies: ident, segment id, offset."""
@@ -48,13 +51,14 @@ class Evictor:
         catalog: Catalog,
         commit: CommitThread,
         heat: HeatTable,
-        policy: ReinsertionPolicy,
+        policy: ReclaimPolicy,
         counters: Counters,
         namespaces: NamespaceTable,
         *,
         store_uuid: bytes,
         pins: PinTable,
         copy_bytes_max: int,
+        beyond_quota: Callable[[bytes], bool],
     ) -> None:
         self._clock = clock
         self._segments = segments
@@ -62,12 +66,15 @@ class Evictor:
         self._catalog = catalog
         self._commit = commit
         self._heat = heat
-        self._policy = policy
+        self.policy = policy
         self._counters = counters
         self._namespaces = namespaces
         self._store_uuid = store_uuid
         self._pins = pins
         self._copy_bytes_max = copy_bytes_max
+        self._beyond_quota = beyond_quota
+        self.age_s: float | None = None
+        """Since the newest live block of the segment that was emptied last was put."""
 
     def empty(self, victim: Segment, room: WriterRoom) -> int:
         """No index entry points into the segment afterwards; returns how many blocks were given up.
@@ -76,7 +83,7 @@ class Evictor:
         not carried forward. It can be tried again.
         """
         opening = self._catalog.opening
-        table = self._table(victim)
+        table = self.table_of(victim)
         if table is None:
             return self._drop(self._places_by_scan(victim.segment_id), opening)[0]
         self._learn_namespaces(victim, table)
@@ -90,6 +97,21 @@ class Evictor:
             dropped += count
             places = {row: place for row, place in places.items() if place in kept}
         return dropped
+
+    def trim(self, segment: Segment, namespace: bytes) -> int:
+        """Give up the blocks of one namespace in a segment, but for pinned ones; returns how many. Raises as ``empty`` does."""
+        opening = self._catalog.opening
+        table = self.table_of(segment)
+        if table is None:
+            return 0
+        rows = [i for i in range(len(table)) if table.type[i] == RecordType.BLOCK and bytes(table.namespace[i]) == namespace]
+        places = [(namespace + table.key(i), segment.segment_id, int(table.page[i]) * PAGE_BYTES) for i in rows]
+        return self._drop(places, opening, considered=set())[0]
+
+    def holds_no_deletes(self, segment: Segment) -> bool:
+        """Whether a segment may be freed before older ones: what it deletes would come back in an index that is rebuilt."""
+        table = self.table_of(segment)
+        return table is not None and not np.isin(table.type, _DELETES).any()
 
     def _drop(self, places: list[Place], opening: int | None, considered: set[bytes] | None = None) -> tuple[int, set[Place]]:
         """Take blocks out of the index that still point there: how many, and which were kept for pins that are not ``considered`` yet."""
@@ -125,7 +147,7 @@ class Evictor:
             count += len(dropped)
         return count, kept
 
-    def _table(self, victim: Segment) -> SealTable | None:
+    def table_of(self, victim: Segment) -> SealTable | None:
         """The victim's table of contents, or ``None`` when it cannot be read."""
         with self._segments.reading(victim.segment_id) as file:
             if file is None:
@@ -146,8 +168,11 @@ class Evictor:
         """Reinsert what the policy keeps of the blocks at these rows."""
         live = self._live(list(places.values()))
         candidates = [self._candidate(table, row, place[0], place[0] in pinned) for row, place in places.items() if place[0] in live]
-        chosen = self._policy.choose(candidates, victim.size_bytes)
+        chosen = self.policy.choose(candidates, victim.size_bytes)
         chosen = [candidate for candidate in chosen if self._namespaces.get(candidate.ident[:16]) is not None]
+        kept = {candidate.position for candidate in chosen}
+        self._counters.eviction_ages.observe_many(c.age_s for c in candidates if c.position not in kept)
+        self.age_s = min((c.age_s for c in candidates), default=None)
         if chosen:
             self._reinsert(victim, table, chosen, room)
 
@@ -177,8 +202,19 @@ class Evictor:
         return live
 
     def _candidate(self, table: SealTable, row: int, ident: bytes, pinned: bool) -> Candidate:
-        slot = self._heat.slot(ident[:16], key_digest(ident[16:]))
-        return Candidate(row, ident, int(table.stored_length[row]), self._heat.count(slot), pinned)
+        heat = self._heat
+        hits = 0 if self._beyond_quota(ident[:16]) else heat.count(heat.slot(ident[:16], key_digest(ident[16:])))
+        parent = bytes(table.parent[row])
+        return Candidate(
+            position=row,
+            ident=ident,
+            stored_bytes=int(table.stored_length[row]),
+            hits=hits,
+            pinned=pinned,
+            depth=int(table.depth[row]),
+            age_s=max(0.0, (self._clock.now_ns() - int(table.written_at_ns[row])) / 1e9),
+            parent_hits=heat.count(heat.slot(ident[:16], parent)) if parent != ZERO_DIGEST else 0,
+        )
 
     def _reinsert(self, victim: Segment, table: SealTable, chosen: list[Candidate], room: WriterRoom) -> None:
         """Copy blocks forward through the writer and wait until they are indexed at their new place.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 
 logger = logging.getLogger("kvlode")
 
@@ -14,7 +15,8 @@ class Health:
     A failed fsync is never retried: the kernel marks the pages clean, so a second one would report success over lost data.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_failure: Callable[[BaseException], None] = lambda _: None) -> None:
+        self._on_failure = on_failure
         self._lock = threading.Lock()
         self.failure: BaseException | None = None
 
@@ -28,3 +30,4 @@ class Health:
             error,
             exc_info=None if isinstance(error, OSError) else error,
         )
+        self._on_failure(error)

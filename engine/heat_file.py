@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from ..format.layout import PAGE_BYTES
 from ..gds.monitor import Monitor
 from .heat import HeatTable, header_page, heat_bytes, read_area, slots_of_file
 from .stats import Counters
+from .stats_file import PUBLISH_INTERVAL_S, StatsFile
 
 logger = logging.getLogger("kvlode")
 
@@ -39,6 +41,7 @@ class SharedHeat:
         self._known = table.counts()
         self._changed = Monitor()
         self._stopping = False
+        self._stats_file: StatsFile | None = None
         self._thread = threading.Thread(target=self._run, name="kvlode-heat", daemon=True)
 
     @classmethod
@@ -60,8 +63,10 @@ class SharedHeat:
         table, descriptor = found or (HeatTable(slot_count), None)
         return cls(table, descriptor, counters, writer=writer)
 
-    def start(self) -> None:
-        if self._descriptor is not None:
+    def start(self, stats_file: StatsFile | None = None) -> None:
+        """``stats_file`` is published by the same thread, every second; the first time at once, and removed at the end."""
+        self._stats_file = stats_file
+        if self._descriptor is not None or stats_file is not None:
             self._thread.start()
 
     def stop(self, timeout_s: float | None) -> bool:
@@ -83,9 +88,19 @@ class SharedHeat:
             os.close(descriptor)
 
     def _run(self) -> None:
-        while not self._changed.wait_for(lambda: self._stopping, EXCHANGE_INTERVAL_S):
-            self.exchange()
-        self.exchange()
+        stats_file = self._stats_file
+        pause_s = EXCHANGE_INTERVAL_S if stats_file is None else PUBLISH_INTERVAL_S
+        next_exchange_s = time.monotonic() + EXCHANGE_INTERVAL_S
+        stopping = False
+        while not stopping:
+            if stats_file is not None:
+                stats_file.publish()
+            stopping = self._changed.wait_for(lambda: self._stopping, pause_s)
+            if self._descriptor is not None and (stopping or time.monotonic() >= next_exchange_s):
+                next_exchange_s = time.monotonic() + EXCHANGE_INTERVAL_S
+                self.exchange()
+        if stats_file is not None:
+            stats_file.remove()
 
     def exchange(self) -> None:
         """Bring memory and file together: the writer takes over the hits of others, a follower adds its own to what the writer says."""

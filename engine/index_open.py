@@ -30,12 +30,12 @@ def open_index(path: str, config: StoreConfig, given: Index | None, counters: Co
     if config.index_kind == "memory":
         return MemoryIndex()
     if os.path.exists(os.path.join(path, REBUILD_MARKER)):
-        return fresh_index(path, config, counters)
+        return fresh_index(path, config, counters, "damage was met while it was in use")
     try:
         return _rocks_index(path, config)
     except IndexDamaged as error:
         logger.warning("the index is damaged and will be rebuilt from the segments: %s", error)
-        return fresh_index(path, config, counters)
+        return fresh_index(path, config, counters, str(error))
 
 
 def _rocks_index(path: str, config: StoreConfig) -> RocksIndex:
@@ -68,12 +68,14 @@ def read_ahead(path: str) -> None:
             continue
 
 
-def fresh_index(path: str, config: StoreConfig, counters: Counters) -> Index:
+def fresh_index(path: str, config: StoreConfig, counters: Counters, reason: str = "it is of another store, or incomplete") -> Index:
     """An empty index in place of the one on disk, which is set aside until the new one is complete."""
     counters.add("index_rebuilds")
+    counters.decisions.note("index_rebuilt", reason, index=config.index_kind)
     if not _on_disk(path, config):
         return MemoryIndex()
     set_aside(f"{path}/{INDEX_FOLDER}")
+    counters.decisions.note("index_set_aside", reason)
     return _rocks_index(path, config)
 
 

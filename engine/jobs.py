@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -97,6 +98,9 @@ class ReadJob(Job):
 
     def __init__(self, count: int, queue: Any | None = None) -> None:
         super().__init__(queue)
+        self.began_s = time.perf_counter()
+        self.on_answered: Callable[[], None] | None = None
+        """Called once when every key has its answer, not when the job is called off; it must not know the job (see ``_finish``)."""
         self._statuses = [Status.PENDING] * count
         self._verified = [False] * count
         self._unsettled = count
@@ -136,6 +140,9 @@ class ReadJob(Job):
                     self._unsettled -= 1
             last = self._unsettled == 0
         if last:
+            on_answered, self.on_answered = self.on_answered, None
+            if on_answered is not None:
+                on_answered()
             self._finish()
 
     @contextlib.contextmanager

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from ..format.checksum import xxh3_64
 from .blocks import BlockView, HostSpan
-from .contract import BlockInfo, PutStatus
+from .contract import BlockInfo, PutStatus, Status
 
 
 class MemoryBlock:
-    """One stored block. ``data`` never changes; the rest is guarded by the store's lock."""
+    """One stored block. ``data`` never changes but by ``wipe``; the rest is guarded by the store's lock."""
 
-    __slots__ = ("checksum", "data", "depth", "durable", "expires_at_ns", "meta", "on_durable", "parent", "pins", "tag", "written_at_ns")
+    __slots__ = (
+        *("checksum", "data", "depth", "durable", "expires_at_ns", "meta", "on_durable", "parent", "pins", "reading", "tag"),
+        *("wiped", "written_at_ns"),
+    )
 
     def __init__(self, parent: bytes | None, written_at_ns: int, expires_at_ns: int, tag: bytes, meta: bytes) -> None:
         self.parent = parent
@@ -26,6 +31,8 @@ class MemoryBlock:
         self.checksum = 0
         self.depth = 0
         self.pins = 0
+        self.reading = threading.Lock()
+        self.wiped = False
         self.durable = False
         self.on_durable: Callable[[PutStatus], None] | None = None
 
@@ -34,6 +41,23 @@ class MemoryBlock:
         self.data = np.empty(view.nbytes, dtype=np.uint8)
         view.copy_to_host([self.data])
         self.checksum = xxh3_64(self.data)
+
+    def deliver(self, view: BlockView, start: int, stream: Any) -> Status:
+        """Check the block and copy it, from ``start`` on, into a destination. Outside the store's lock."""
+        with self.reading:
+            if self.wiped:
+                return Status.MISS
+            if xxh3_64(self.data) != self.checksum:
+                return Status.CORRUPT
+            view.copy_from_host([self.data[start : start + view.nbytes]], stream)
+            return Status.HIT
+
+    def wipe(self) -> None:
+        """Overwrite the bytes of a block that the store has forgotten; waits for who reads them."""
+        with self.reading:
+            self.wiped = True
+            self.data[:] = 0
+            self.meta = b""
 
     def settle(self, status: PutStatus) -> None:
         """Tell the job that put it, once."""

@@ -14,17 +14,17 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from ..format.checksum import xxh3_64
 from ..format.errors import InvalidConfig, StoreClosed
 from ..format.keys import check_key, check_meta, tag_digest
 from ..format.layout import ZERO_DIGEST
 from ..format.namespace import Namespace
 from .blocks import BlockView, check_start, view_block
 from .config import Clock, SystemClock, parse_bytes
-from .contract import Block, BlockInfo, LoadEstimate, PutStatus, Refusal, Status
+from .contract import Block, BlockInfo, LoadEstimate, PurgeReport, PutStatus, Refusal, Status
 from .events import EventBatch, EventKind, EventLog
 from .jobs import ACCEPTED, DURABLE, EXISTS, ReadJob, WriteJob, refused
 from .memory_block import MemoryBlock
+from .memory_purge import checked_tag, purge_memory
 from .read_rate import MEMORY_BYTES_PER_S
 from .stats import Counters
 
@@ -73,6 +73,11 @@ class MemoryStore:
                     block.settle(DURABLE)
                     self.told.add(EventKind.STORED, [ident])
         return True
+
+    def purge(self, tag: str | bytes, *, physical: bool = False, timeout: float | None = None) -> PurgeReport:
+        """See ``contract.Store.purge``: ``physical`` overwrites the blocks."""
+        self.check_usable()
+        return purge_memory(self, checked_tag(tag), physical=physical)
 
     def events(self, since: object = None) -> EventBatch:
         """See ``contract.Store.events``."""
@@ -342,15 +347,15 @@ class MemorySpace:
                 store.counters.add("wrong_size_reads")
                 return Status.WRONG_SIZE
             store.use(self.digest, [key])
-        if xxh3_64(block.data) != block.checksum:
+        status = block.deliver(view, start, stream)
+        if status is Status.CORRUPT:
             with store.lock:
                 if store.blocks.get(ident) is block:
                     store.remove(ident)
             store.counters.add("corrupt_blocks")
-            return Status.CORRUPT
-        view.copy_from_host([block.data[start : start + view.nbytes]], stream)
-        store.counters.add_many({"hits": 1, "get_bytes": view.nbytes})
-        return Status.HIT
+        elif status is Status.HIT:
+            store.counters.add_many({"hits": 1, "get_bytes": view.nbytes})
+        return status
 
     def touch(self, keys: Sequence[bytes]) -> None:
         self._store.check_usable()

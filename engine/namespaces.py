@@ -65,6 +65,15 @@ class NamespaceTable:
                 state = self._states[descriptor.digest] = NamespaceState(descriptor, self._forced_codec, self._resources)
             return state
 
+    def force_codec(self, codec: Codec | None) -> None:
+        """Every namespace encodes with this codec from now on; ``None`` lets sampling decide."""
+        with self._lock:
+            if codec == self._forced_codec:
+                return
+            self._forced_codec = codec
+            for state in self._states.values():
+                state.codec_choice = CodecChoice(codec, state.descriptor.element_size, self._resources)
+
     def get(self, digest: bytes) -> NamespaceState | None:
         with self._lock:
             return self._states.get(digest)

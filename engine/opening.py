@@ -11,7 +11,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from ..format.errors import DeviceError, StoreLocked, UnsupportedFormat
+from ..format.errors import CorruptRecord, DeviceError, FormatError, StoreLocked, UnsupportedFormat
 from ..format.layout import (
     INDEX_FOLDER,
     LOCK_NAME,
@@ -19,6 +19,7 @@ from ..format.layout import (
     QUARANTINE_FOLDER,
     SCRUB_NAME,
     SEGMENTS_FOLDER,
+    STATS_FOLDER,
     STRIPE_BYTES_DEFAULT,
     SUPERBLOCK_NAME,
     parse_segment_name,
@@ -32,11 +33,13 @@ from .catalog import Catalog
 from .config import MIB, Clock, StoreConfig, SystemClock
 from .core import FOLLOWERS_NAME, Core, Parts
 from .follower import open_follower_index
+from .forward_clock import ForwardClock
 from .heat import HeatTable, slots_for_capacity
 from .heat_file import SharedHeat
+from .incompatible import Replaced, is_kvlode_store, replace_store
 from .index import Index
 from .index_open import fresh_index, open_index, remove_damaged_indexes
-from .recovery import list_segments, quarantined_ids, recover
+from .recovery import list_segments, newest_time_ns, quarantined_ids, recover
 from .registry import OpenStore, check_same_options, registry
 from .segments import SegmentTable
 from .stats import Counters
@@ -69,7 +72,7 @@ def open_store(path: str | os.PathLike[str], config: StoreConfig, environment: E
             active = OpenStore(_open_core(folder, config, environment))
             registry.add(active)
         else:
-            check_same_options(folder, config, active.core.config)
+            check_same_options(folder, config, active.core.config, active.core.opened_with)
         return DiskStore(active)
 
 
@@ -98,25 +101,54 @@ def follow_beside(path: str | os.PathLike[str], config: StoreConfig, environment
         return DiskStore(opened)
 
 
-def _open_core(path: str, config: StoreConfig, environment: Environment) -> Core:
+def _open_core(path: str, config: StoreConfig, environment: Environment, replaced: Replaced | None = None) -> Core:
+    """``replaced``: the incompatible store that was here a moment ago, and what became of it."""
     with contextlib.ExitStack() as undo:
         if environment.device is None:
             os.makedirs(path, exist_ok=True)
         device = environment.device or open_device(config.gds, path, threads=config.io_threads)
-        owns_device = environment.device is None
-        if owns_device:
+        if environment.device is None:
             undo.callback(device.close)
         _check_folder(device, path)
         lock = _take_lock(device, path, config)
         if lock is None:
             return _open_follower(path, config, environment)
         undo.callback(lock.release)
-        clock = environment.clock or SystemClock()
+        clock = ForwardClock(environment.clock or SystemClock())
+        try:
+            core = _open_locked(path, config, environment, device, lock, clock)
+        except (UnsupportedFormat, CorruptRecord) as error:
+            if config.on_incompatible == "refuse" or replaced is not None or not _is_incompatible(device, path, error):
+                raise
+            replaced = replace_store(device, path, config.on_incompatible, error, clock.now_ns())
+        else:
+            if replaced is not None:
+                core.counters.decisions.note("store_replaced", replaced.reason, how=replaced.how, moved_to=replaced.moved_to)
+            undo.pop_all()
+            return core
+    return _open_core(path, config, environment, replaced)
+
+
+def _is_incompatible(device: Device, path: str, error: FormatError) -> bool:
+    """Whether this is a kvlode store that cannot be written; damage counts where it is in the superblock."""
+    if isinstance(error, CorruptRecord):
+        try:
+            load_superblock(device, path)
+        except FormatError:
+            return is_kvlode_store(device, path)
+        return False
+    return is_kvlode_store(device, path)
+
+
+def _open_locked(path: str, config: StoreConfig, environment: Environment, device: Device, lock: DeviceLock, clock: ForwardClock) -> Core:
+    """Superblock, index, recovery. Raises ``UnsupportedFormat`` or ``CorruptRecord`` for a store that this version cannot write."""
+    with contextlib.ExitStack() as undo:
         superblock = _load_or_create_superblock(device, path, clock)
         budget = budget_for(config)
-        counters = Counters()
+        counters = Counters(path)
         segments = SegmentTable(device, path, open_files_max=config.open_files_max)
         listing = list_segments(device, segments.folder, superblock.store_uuid)
+        clock.not_before(newest_time_ns(device, segments.folder, listing, superblock.store_uuid))
         taken = quarantined_ids(device, f"{path}/{QUARANTINE_FOLDER}")
         _make_room(device, path, segments, listing)
         index = open_index(path, config, environment.index, counters)
@@ -134,6 +166,7 @@ def _open_core(path: str, config: StoreConfig, environment: Environment) -> Core
             recovered = recover(device, segments, catalog, *facts, ids_taken=taken, rebuild=True)
             assert recovered is not None
         remove_damaged_indexes(path, config)
+        owns_device = environment.device is None
         parts = Parts(path, config, clock, device, superblock, catalog, segments, heat, counters, budget, recovered, lock, owns_device)
         core = Core(parts)
         undo.pop_all()
@@ -155,7 +188,7 @@ def _check_folder(device: Device, path: str) -> None:
 
 
 _OWN_NAMES = {SUPERBLOCK_NAME + ".tmp", LOCK_NAME, FOLLOWERS_NAME, SEGMENTS_FOLDER, INDEX_FOLDER, QUARANTINE_FOLDER, HEAT_NAME}
-_OWN_NAMES |= {SCRUB_NAME, SCRUB_NAME + ".tmp"}
+_OWN_NAMES |= {SCRUB_NAME, SCRUB_NAME + ".tmp", STATS_FOLDER}
 
 
 def _take_lock(device: Device, path: str, config: StoreConfig) -> DeviceLock | None:
@@ -275,7 +308,7 @@ def _open_follower(path: str, config: StoreConfig, environment: Environment) -> 
             undo.callback(device.close)
         superblock = load_superblock(device, path)
         clock = environment.clock or SystemClock()
-        counters = Counters()
+        counters = Counters(path)
         segments = SegmentTable(device, path, open_files_max=config.open_files_max, learns=True)
         try:
             lock = device.lock(f"{path}/{FOLLOWERS_NAME}", shared=True)

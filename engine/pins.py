@@ -20,6 +20,11 @@ class PinTable:
         self._room_bytes = int(room_bytes * PINNED_SHARE_MAX)
         self._size_of = size_of
 
+    def resize(self, room_bytes: int) -> None:
+        """The room for segments has changed. Leases that are held stay, also beyond the share."""
+        with self._lock:
+            self._room_bytes = int(room_bytes * PINNED_SHARE_MAX)
+
     def hold(self, idents: Sequence[bytes], held: dict[bytes, None]) -> None:
         """Lease blocks, once each, and note them in ``held``, also when an interrupt ends this early.
 

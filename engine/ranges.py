@@ -7,6 +7,7 @@ computed from a part. What it does not see is memory that changed between the pu
 from __future__ import annotations
 
 import logging
+import time
 from typing import TYPE_CHECKING, Any
 
 from ..format.errors import CorruptRecord, DeviceError, FormatError, StoreClosed
@@ -41,7 +42,7 @@ def _settle_part(core: Core, job: ReadJob, request: ReadRequest, start: int, str
     try:
         status = _read_part(core, job, request, start, stream)
     except FormatError as error:
-        core.counters.add("corrupt_reads")
+        core.counters.add_for(request.namespace, {"corrupt_reads": 1})
         forget_frames(error)
         core.on_useless(request, error)
         status = Status.CORRUPT
@@ -75,7 +76,8 @@ def _read_part(core: Core, job: ReadJob, request: ReadRequest, start: int, strea
     with job.delivering() as allowed:
         if allowed and host is not request.out:
             request.out.copy_from_host(host.spans, stream)
-    core.counters.add_many({"disk_hits": 1, "disk_raw_bytes": request.out.nbytes})
+    core.counters.add_for(request.namespace, {"disk_hits": 1, "disk_raw_bytes": request.out.nbytes})
+    core.counters.latency.observe("get_drive_block", time.perf_counter() - job.began_s)
     return Status.HIT
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -278,7 +279,10 @@ class Reader:
             else:
                 self._finish(job, extent, request, error)
         self._done_with(extent, len(good))
-        self._counters.add_many({"disk_hits": len(good), "disk_raw_bytes": sum(request.entry.raw_length for request in good)})
+        if good:
+            raw_bytes = sum(request.entry.raw_length for request in good)
+            self._counters.add_for(good[0].namespace, {"disk_hits": len(good), "disk_raw_bytes": raw_bytes})
+            self._counters.latency.observe("get_drive_block", time.perf_counter() - job.began_s, len(good))
         job.settle_many([request.position for request in good], [Status.HIT] * len(good))
 
     def _deliver_stripes(self, job: ReadJob, extent: _Extent, request: ReadRequest, header: RecordHeader, stream: Any) -> None:
@@ -308,10 +312,12 @@ class Reader:
     def _finish(self, job: ReadJob, extent: _Extent, request: ReadRequest, error: FormatError | None, verified: bool = True) -> None:
         self._done_with(extent)
         if error is None:
-            self._counters.add_many({"disk_hits": 1, "disk_raw_bytes": request.entry.raw_length, "unverified_hits": int(not verified)})
+            counts = {"disk_hits": 1, "disk_raw_bytes": request.entry.raw_length, "unverified_hits": int(not verified)}
+            self._counters.add_for(request.namespace, counts)
+            self._counters.latency.observe("get_drive_block", time.perf_counter() - job.began_s)
             job.settle(request.position, Status.HIT, verified=verified)
             return
-        self._counters.add("corrupt_reads")
+        self._counters.add_for(request.namespace, {"corrupt_reads": 1})
         forget_frames(error)
         logger.error("%s", error)
         self._on_useless(request, error)

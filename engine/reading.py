@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ from .entry import Entry
 from .index_entry import IndexEntry
 from .jobs import ReadJob
 from .ranges import read_parts
+from .stats import Counters
 
 if TYPE_CHECKING:
     from .core import Core
@@ -43,17 +46,24 @@ def read_blocks(
         pending += _serve_from_buffer(core, namespace, job, group, keys, outs, stream, part_start)
     idents = [namespace + keys[position] for position in pending]
     found = core.find(idents) if pending else []
-    requests = []
+    requests: list[ReadRequest] = []
+    misses = 0
     for position, entry in zip(pending, found, strict=True):
         request = _request(core, namespace, job, position, keys[position], outs[position], entry, part_start)
-        if request is not None:
+        if isinstance(request, ReadRequest):
             requests.append(request)
-    missed = len(pending) - len(requests)
-    core.counters.add_many({"get_blocks": len(keys), "buffer_hits": len(keys) - len(pending), "misses": missed})
+        else:
+            misses += request is Status.MISS
+    core.usage.note_use({request.entry.segment_id for request in requests}, core.clock.monotonic_s())
+    core.counters.add_for(namespace, {"get_blocks": len(keys), "misses": misses})
     absent = set(pending) - {request.position for request in requests}
-    core.heat.credit([core.slot(namespace + keys[p]) for p in range(len(keys)) if p not in absent])
+    used = [p for p in range(len(keys)) if p not in absent]
+    core.heat.credit([core.slot(namespace + keys[p]) for p in used])
+    core.miss_ratio.use([namespace + keys[p] for p in used], lambda at: outs[used[at]].nbytes)
     if not requests:
+        core.counters.latency.observe("get_buffer", time.perf_counter() - job.began_s)
         return None
+    job.on_answered = functools.partial(_note_drive_call, core.counters, job.began_s)
 
     def read_rest() -> None:
         if part_start is None:
@@ -65,6 +75,10 @@ def read_blocks(
         return read_rest
     read_rest()
     return None
+
+
+def _note_drive_call(counters: Counters, began_s: float) -> None:
+    counters.latency.observe("get_drive", time.perf_counter() - began_s)
 
 
 def _fits(size_bytes: int, out: BlockView, part_start: int | None) -> bool:
@@ -102,6 +116,12 @@ def _serve_from_buffer(
                 statuses.append(status)
     finally:
         core.buffer.release()
+    hit_bytes = [outs[position].nbytes for position, status in zip(answered, statuses, strict=True) if status is Status.HIT]
+    counts = {"buffer_hits": len(hit_bytes), "buffer_hit_bytes": sum(hit_bytes)}
+    if len(hit_bytes) < len(answered):
+        others = (("misses", Status.MISS), ("expired_blocks", Status.EXPIRED), ("wrong_size_reads", Status.WRONG_SIZE))
+        counts |= {name: statuses.count(status) for name, status in others}
+    core.counters.add_for(namespace, counts)
     job.settle_many(answered, statuses)
     return rest
 
@@ -124,16 +144,17 @@ def _request(
     out: BlockView,
     entry: IndexEntry | None,
     part_start: int | None,
-) -> ReadRequest | None:
+) -> ReadRequest | Status:
+    """What to read; or the answer, where there is nothing to read."""
     if entry is None:
         job.settle(position, Status.MISS)
-        return None
+        return Status.MISS
     if entry.expires_at_ns and core.clock.now_ns() >= entry.expires_at_ns:
         core.forget_entry(namespace + key, entry, "expired_blocks")
         job.settle(position, Status.EXPIRED)
-        return None
+        return Status.EXPIRED
     if not _fits(entry.raw_length, out, part_start):
-        core.counters.add("wrong_size_reads")
+        core.counters.add_for(namespace, {"wrong_size_reads": 1})
         job.settle(position, Status.WRONG_SIZE)
-        return None
+        return Status.WRONG_SIZE
     return ReadRequest(position, namespace, key, out, entry)

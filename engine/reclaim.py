@@ -22,17 +22,21 @@ from .commit import CommitThread
 from .config import Clock, StoreConfig
 from .eviction import COMMIT_WAIT_S, Evictor
 from .health import Health
+from .housekeeping import Housekeeping
 from .index import IndexWriteError
 from .reinsertion import WriterRoom
 from .segment_writer import OpenSegment
 from .segments import Segment, SegmentTable
 from .stats import Counters
+from .usage import UsageTable
 
 logger = logging.getLogger("kvlode")
 
 SPARE_NAME = "spare.new"
 IDLE_S = 1.0
 LEAVING_S = 0.05
+REMOVAL_PAUSE_S = 0.1
+"""Between the removals of two files while there is room."""
 FREE_AGAIN_S = 600.0
 """Between two segments that are freed for a full file system although the last one gave it no room."""
 FOLLOWED_AHEAD = 8
@@ -52,6 +56,8 @@ class Keeper:
         counters: Counters,
         health: Health,
         evictor: Evictor,
+        housekeeping: Housekeeping,
+        usage: UsageTable,
         budget: Budget,
         *,
         store_uuid: bytes,
@@ -60,6 +66,7 @@ class Keeper:
         followers_present: Callable[[], bool],
         quarantine_bytes: Callable[[], int],
         on_index_damaged: Callable[[], None],
+        on_filled: Callable[[], None],
     ) -> None:
         self._config = config
         self._clock = clock
@@ -69,6 +76,8 @@ class Keeper:
         self._counters = counters
         self._health = health
         self._evictor = evictor
+        self.housekeeping = housekeeping
+        self._usage = usage
         self.budget = budget
         self._store_uuid = store_uuid
         self._epoch = epoch
@@ -76,6 +85,7 @@ class Keeper:
         self._followers_present = followers_present
         self._quarantine_bytes = quarantine_bytes
         self._on_index_damaged = on_index_damaged
+        self._on_filled = on_filled
         self._index_marked = False
         self._changed = Monitor()
         self._lock = self._changed.lock
@@ -86,6 +96,7 @@ class Keeper:
         self._writer_waits = False
         self._no_space = False
         self._free_bytes_before, self._free_again_at_s = -1, 0.0
+        self._next_removal_s = 0.0
         self.starved = False
         self._poked = False
         self._stopping = False
@@ -113,6 +124,17 @@ class Keeper:
         """A namespace with blocks of this size was opened: later segments hold enough of them."""
         with self._lock:
             self._block_bytes_max = max(self._block_bytes_max, block_bytes_max)
+
+    def reconfigure(self, config: StoreConfig, budget: Budget) -> None:
+        """Go on with other options; a smaller capacity is reached by freeing segments, in the background."""
+        with self._lock:
+            self._config, self.budget = config, budget
+        self.housekeeping.limits = config.limits
+        self.poke()
+
+    def over_bytes(self) -> int:
+        """Bytes beyond the capacity that are still to be freed, after the capacity was lowered (or others have filled the drive)."""
+        return max(0, -self._room_bytes())
 
     def poke(self) -> None:
         """Something changed that may give or need room."""
@@ -202,15 +224,17 @@ class Keeper:
         if 0 < self._spare_bytes < self._needed_bytes():
             self._discard_spare()
             return True
-        if self._spare_bytes:
-            return self._coming_bytes() < self._ahead_bytes() and self._free_oldest()
-        return self._provide_spare()
+        if not self._spare_bytes:
+            return self._provide_spare()
+        if self._coming_bytes() < self._ahead_bytes() and self._free_one():
+            return True
+        return self.housekeeping.count_one() or (self._catalog.opening is not None and self.housekeeping.trim_one())
 
     def _provide_spare(self) -> bool:
         """Make the spare segment, after freeing the oldest when only the reserve is left (see ``_reinsert``)."""
         needed_bytes = self._needed_bytes()
         if self._coming_bytes() < 2 * needed_bytes:
-            if self._free_oldest():
+            if self._free_one():
                 return True
             if self._catalog.opening is None:  # the reserve is for the copies that are made once the index can be read again
                 self._give_up()
@@ -219,7 +243,7 @@ class Keeper:
             return True
         wanted = self._writer_waits or self.starved
         full = wanted and self._room_bytes() >= needed_bytes and not self._leaving()
-        if full and self._freeing_helps() and self._free_oldest():
+        if full and self._freeing_helps() and self._free_one():
             return True  # the file system is full although the capacity is not used up: blocks that are being put are worth a segment
         self._give_up()
         return False
@@ -242,7 +266,9 @@ class Keeper:
         allowance = self.budget.for_segments(self._catalog.index.size_bytes(), self._quarantine_bytes())
         filling_bytes = sum(segment.size_bytes for segment in self._segments.all() if not segment.sealed)
         growth_bytes = self.budget.index_growth_bytes(filling_bytes + (self._spare_bytes or self._needed_bytes()))
-        return allowance - growth_bytes - self.used_bytes()
+        room_bytes = allowance - growth_bytes - self.used_bytes()
+        kept_bytes = self._config.min_free_disk_bytes
+        return min(room_bytes, self._segments.device.free_bytes(self._segments.folder) - kept_bytes) if kept_bytes else room_bytes
 
     def _coming_bytes(self) -> int:
         """Room now and after the files of freed segments are gone."""
@@ -297,28 +323,48 @@ class Keeper:
     def _remove_one(self) -> bool:
         """Remove the file of a freed segment; also while the index refuses changes, for the file may be the room that it waits for."""
         grace_s = self._config.reclaim_grace_s if self._followers_present() else 0.0
+        if time.monotonic() < self._next_removal_s and not (
+            self._writer_waits or self.starved or self._room_bytes() < self._needed_bytes()
+        ):
+            return False  # nobody needs the room now: a drive that discards a gigabyte answers nobody meanwhile
         segment_id = self._segments.claim_removable(self._clock.monotonic_s(), grace_s)
         if segment_id is None:
             return False
         self._commit.call(self._commit.sync_index).result(COMMIT_WAIT_S)
         self._segments.remove(segment_id)
+        self._next_removal_s = time.monotonic() + REMOVAL_PAUSE_S
         self._counters.add("segments_freed")
         return True
 
     # --- freeing a segment --------------------------------------------------------------------------------------
 
-    def _free_oldest(self) -> bool:
-        """Start freeing the oldest sealed segment; False when there is none, or the index does not tell what is in it."""
+    def _free_one(self) -> bool:
+        """Start freeing the sealed segment that the policy chooses; False when there is none, or the index tells nothing."""
         if self._catalog.opening is None:
             return False
         sealed = [s for s in self._segments.all() if s.sealed and s.retired_at_s is None]
         if not sealed:
             return False
-        victim = sealed[0]
+        self._on_filled()
+        victim = self.housekeeping.choose_victim(sealed)
+        any_order = victim is not sealed[0]
+        reason = "room for the next segment" if self._room_bytes() < self._needed_bytes() else "room ahead of the writer"
+        began_s, copied_before = time.perf_counter(), self._counters.get("reinserted_blocks")
         dropped = self._evictor.empty(victim, self._writer_room)
-        self._segments.retire(victim.segment_id, self._clock.monotonic_s())
+        self._counters.latency.observe("reclaim_segment", time.perf_counter() - began_s)
+        self._segments.retire(victim.segment_id, self._clock.monotonic_s(), any_order=any_order)
+        self._usage.forget_segment(victim.segment_id)
         self._counters.add_many({"evicted_blocks": dropped, "segments_retired": 1})
-        logger.info("freed segment %s: %d blocks evicted", segment_name(victim.segment_id), dropped)
+        self._counters.decisions.note(
+            "segment_freed",
+            reason,
+            policy=self._evictor.policy.name,
+            segment=segment_name(victim.segment_id),
+            size_bytes=victim.size_bytes,
+            evicted_blocks=dropped,
+            carried_forward_blocks=self._counters.get("reinserted_blocks") - copied_before,
+            age_s=self._evictor.age_s,
+        )
         return True
 
     def _writer_starves(self) -> bool:

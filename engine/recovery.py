@@ -23,7 +23,7 @@ from ..format.walk import SegmentScan, find_seal, scan_unsealed
 from ..gds.buffers import aligned_array
 from ..gds.device import Device, DeviceFile, OpenMode
 from .catalog import Catalog, Checkpoint
-from .config import Clock
+from .forward_clock import ForwardClock
 from .index import IndexDamaged
 from .index_entry import pack_table
 from .reinsertion import file_reader, scan_reader
@@ -86,6 +86,21 @@ def look_at_segments(device: Device, folder: str, store_uuid: bytes) -> tuple[li
     return [s for s in found if s.segment_id >= first_live], [s for s in found if s.segment_id < first_live]
 
 
+def newest_time_ns(device: Device, folder: str, listing: list[SegmentFile], store_uuid: bytes) -> int:
+    """The latest time that sealed segments tell of, 0 for none: when segments were made, and the blocks of the newest were put."""
+    times = [found.header.created_at_ns for found in listing if found.header is not None]
+    if listing and listing[-1].sealed:
+        newest = listing[-1]
+        with (
+            contextlib.suppress(FormatError),
+            contextlib.closing(device.open(f"{folder}/{segment_name(newest.segment_id)}", "read")) as file,
+        ):
+            sealed = find_seal(file_reader(file), newest.size_bytes, store_uuid=store_uuid, segment_id=newest.segment_id)
+            if sealed is not None and len(sealed[1]):
+                times.append(int(sealed[1].written_at_ns.max()))
+    return max(times, default=0)
+
+
 def quarantined_ids(device: Device, folder: str) -> list[int]:
     """Ids of the segments that a repair set aside, or kept parts of: names that begin with a segment's. They are never given again."""
     found = (parse_segment_name(name[:SEGMENT_NAME_LENGTH]) for name in device.list_folder(folder))
@@ -130,7 +145,7 @@ def recover(
     catalog: Catalog,
     store_uuid: bytes,
     listing: list[SegmentFile],
-    clock: Clock,
+    clock: ForwardClock,
     counters: Counters,
     *,
     rebuild: bool = False,
@@ -189,7 +204,7 @@ class _TailScan:
         store_uuid: bytes,
         found: SegmentFile,
         checkpoint: Checkpoint | None,
-        clock: Clock,
+        clock: ForwardClock,
         counters: Counters,
     ) -> None:
         self._device = device
@@ -235,6 +250,7 @@ class _TailScan:
             table = self._table(file)
             if table is None:
                 self._counters.add("damaged_segments")
+                self._counters.decisions.note("segment_lost", "its table of contents is damaged", segment=segment_name(found.segment_id))
                 scan = self._scan(file, durable_bytes=found.size_bytes)
                 yield from self._from_headers([header for header in scan.records if header.offset >= start])
                 return
@@ -265,6 +281,8 @@ class _TailScan:
         )
         for start, stop in scan.damaged:
             self._counters.add("damaged_ranges")
+            facts = {"segment": segment_name(found.segment_id), "start": start, "stop": stop}
+            self._counters.decisions.note("segment_lost", "durable bytes hold no record", **facts)
             logger.error("segment %016x: bytes %d to %d were durable and hold no record", found.segment_id, start, stop)
         return scan
 
@@ -299,6 +317,7 @@ class _TailScan:
         for header in scan.records:
             builder.add(header)
         last = scan.records[-1]
+        self._clock.not_before(max(header.written_at_ns for header in scan.records))
         if self._found.header is None:
             self._write_header(file, scan.records[0])
         file.sync()  # what the scan read may still have been in flight when the writer died

@@ -158,9 +158,9 @@ def _leak(store: object) -> None:
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(store))
 
 
-def check_same_options(path: str, requested: object, active: object) -> None:
-    """A folder that is open already can only be opened again with the same options."""
-    if requested != active:
+def check_same_options(path: str, requested: object, active: object, opened_with: object) -> None:
+    """A folder that is open already can only be opened again with the same options: those in force, or those before they were changed."""
+    if requested not in (active, opened_with):
         raise InvalidConfig(
             "the store is already open in this process with other options",
             where=path,

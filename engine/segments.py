@@ -23,6 +23,8 @@ class Segment:
     sealed: bool
     retired_at_s: float | None = None
     """Monotonic time at which its entries had left the index; the file follows after the grace."""
+    any_order: bool = False
+    """Whether its file may go before those of older segments: it holds no deletes."""
     pins: int = 0
     removing: bool = False
 
@@ -31,7 +33,7 @@ class SegmentTable:
     """Thread-safe table of segments and a bounded cache of their open files.
 
     A reader pins the segment for as long as it reads; a retired segment's file is removed only unpinned. Freed
-    segments leave strictly in the order of their ids, the folder synced in between, so that a tombstone never
+    segments that hold deletes leave only as the oldest, the folder synced in between, so that a tombstone never
     disappears before the records that it kills.
     """
 
@@ -76,20 +78,22 @@ class SegmentTable:
         with self._lock:
             return min((s.segment_id for s in self._segments.values() if s.retired_at_s is None), default=0)
 
-    def retire(self, segment_id: int, now_s: float) -> None:
+    def retire(self, segment_id: int, now_s: float, *, any_order: bool = False) -> None:
         with self._lock:
-            self._segments[segment_id].retired_at_s = now_s
+            segment = self._segments[segment_id]
+            segment.retired_at_s, segment.any_order = now_s, any_order
 
     def claim_removable(self, now_s: float, grace_s: float) -> int | None:
-        """The oldest segment when it is retired, unpinned and past its grace; nobody can pin it from then on."""
+        """A retired segment that is unpinned, past its grace and next in turn; nobody can pin it from then on."""
         with self._lock:
-            if not self._segments:
-                return None
-            oldest = self._segments[min(self._segments)]
-            if oldest.retired_at_s is None or oldest.pins or now_s < oldest.retired_at_s + grace_s:
-                return None
-            oldest.removing = True
-            return oldest.segment_id
+            for position, segment_id in enumerate(sorted(self._segments)):
+                segment = self._segments[segment_id]
+                in_turn = position == 0 or segment.any_order
+                if segment.retired_at_s is None or not in_turn or segment.pins or now_s < segment.retired_at_s + grace_s:
+                    continue
+                segment.removing = True
+                return segment_id
+            return None
 
     def remove(self, segment_id: int) -> None:
         """Unlink a claimed segment and make that durable. Raises ``DeviceError``; it can be tried again."""
@@ -149,6 +153,19 @@ class SegmentTable:
             if segment is not None:
                 segment.pins -= 1
                 self._changed.notify_all()
+
+    def wait_readers(self, segment_id: int, own_pins: int, timeout_s: float) -> bool:
+        """Wait until nobody but the caller, who has ``own_pins``, reads a segment; False when the time passed first."""
+
+        def alone() -> bool:
+            segment = self._segments.get(segment_id)
+            return segment is None or segment.pins <= own_pins
+
+        return self._changed.wait_for(alone, timeout_s)
+
+    def wait_gone(self, segment_id: int, timeout_s: float | None) -> bool:
+        """Wait until a segment whose removal has begun is no more; False when the time passed first."""
+        return self._changed.wait_for(lambda: segment_id not in self._segments, timeout_s)
 
     @contextlib.contextmanager
     def reading(self, segment_id: int) -> Iterator[DeviceFile | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -121,6 +122,8 @@ class Space:
         entry = Entry(Kind.BLOCK, self._state, key, written_at_ns=now_ns)
         entry.meta = bytes(meta)
         entry.tag = tag_digest(tag)
+        if ttl is None:
+            ttl = self._core.admission.ttl_s(self.digest)
         if ttl is not None:
             if not (ttl > 0 and math.isfinite(ttl)):
                 raise InvalidConfig("ttl cannot be used", expected="a positive number of seconds, or None", actual=ttl)
@@ -131,10 +134,13 @@ class Space:
         return entry
 
     def _put_one(self, entry: Entry, view: BlockView, *, copy: bool) -> PutStatus:
-        core = self._core
+        core, began_s = self._core, time.perf_counter()
+        core.miss_ratio.use([entry.ident], lambda _: view.nbytes)
         reason = core.refusal()
+        if reason is None:
+            reason = core.admission.refusal(self.digest, entry.ident, view.nbytes)
         if reason is not None:
-            core.counters.add("refused_puts")
+            core.counters.add_many({"refused_puts": 1, f"refused_{reason.name.lower()}": 1})
             return refused(reason)
         if entry.parent_key is not None:
             above = core.buffer.entries.get(self.digest + entry.parent_key)
@@ -154,7 +160,8 @@ class Space:
             core.counters.add_many({"refused_puts": 1, "refused_buffer_full": 1})
             return refused(Refusal.BUFFER_FULL)
         core.heat.link(core.slot(entry.ident), core.digest_slot(self.digest, entry.parent) if entry.parent != ZERO_DIGEST else 0)
-        core.counters.add_many({"put_blocks": 1, "put_bytes": view.nbytes})
+        core.counters.add_for(self.digest, {"put_blocks": 1, "put_bytes": view.nbytes})
+        core.counters.latency.observe("put", time.perf_counter() - began_s)
         return ACCEPTED
 
     # --- looking up -------------------------------------------------------------------------------------------
@@ -279,6 +286,7 @@ class Space:
         self._core.check_usable()
         if keys:
             self._core.heat.credit([self._core.slot(self.digest + key) for key in keys])
+            self._core.miss_ratio.use([self.digest + key for key in keys], lambda _: 0, counted=False)
 
     @contextlib.contextmanager
     def pin(self, keys: Sequence[bytes]) -> Iterator[int]:
@@ -302,7 +310,8 @@ class Space:
             entry = Entry(Kind.TOMBSTONE, self._state, key, written_at_ns=self._core.clock.now_ns())
             self._core.lookups.invalidate(entry.ident)
             self._core.buffer.enqueue_tombstone(entry)
-        self._core.counters.add("deleted_blocks", sum(present))
+        self._core.counters.add_for(self.digest, {"deleted_blocks": sum(present)})
+        self._core.counters.decisions.note("blocks_deleted", "asked by the host", namespace=self.digest.hex(), blocks=sum(present))
         return sum(present)
 
     def drop(self) -> None:
@@ -312,6 +321,7 @@ class Space:
         self._core.buffer.enqueue_drop(entry, self._core.catalog.raise_floor)
         self._core.lookups.clear()
         self._core.counters.add("dropped_namespaces")
+        self._core.counters.decisions.note("namespace_dropped", "asked by the host", namespace=self.digest.hex())
 
     def _check_writable(self, operation: str) -> None:
         reason = self._core.refusal()

@@ -10,8 +10,11 @@ from ..format.layout import PAGE_BYTES
 from ..format.namespace import Namespace
 from .capacity import segment_bytes_for
 from .config import StoreConfig
+from .contract import PurgeReport
 from .core import Core
 from .events import EventBatch
+from .purge import find_tagged, purge_store
+from .reconfigure import reconfigure
 from .registry import OpenStore
 from .space import Space
 from .store_stats import store_stats
@@ -77,6 +80,15 @@ class DiskStore:
         self._check_usable()
         return self._core.flush(timeout)
 
+    def purge(self, tag: str | bytes, *, physical: bool = False, timeout: float | None = None) -> PurgeReport:
+        self._check_usable()
+        return purge_store(self._core, tag, physical=physical, timeout_s=timeout)
+
+    def find_tagged(self, tag: str | bytes) -> tuple[int, int]:
+        """Blocks that ``purge`` would delete now, and bytes that ``physical`` would erase, deleted blocks included. Changes nothing."""
+        self._check_usable()
+        return find_tagged(self._core, tag)
+
     def warm_up(self, timeout: float | None = None) -> bool:
         """Wait until the buffer's memory is there, which opening began in the background; puts may be slower before. False: too late."""
         self._check_usable()
@@ -85,6 +97,12 @@ class DiskStore:
     def events(self, since: object = None) -> EventBatch:
         self._check_usable()
         return self._core.catalog.events.batch(since)
+
+    def reconfigure(self, **options: Any) -> StoreConfig:
+        """Change options while the store runs, all of them or none: ``capacity="100GiB"``, ``limits={...}``, ``codec=...`` and what else
+        ``engine.reconfigure.CHANGEABLE`` names. Returns the configuration from now on. Raises ``InvalidConfig``."""
+        self._check_usable()
+        return reconfigure(self._core, options)
 
     def stats(self) -> Mapping[str, Any]:
         self._check_usable()

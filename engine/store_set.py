@@ -21,9 +21,10 @@ import xxhash
 from ..format.errors import InvalidConfig, KvlodeError, StoreClosed
 from ..format.namespace import Namespace
 from .config import StoreConfig
-from .contract import Store
+from .contract import PurgeReport, Store
 from .events import EventBatch
 from .opening import Environment, follow_beside, open_store
+from .purge import sum_of_reports
 from .set_followed import FollowedStore, drive_of
 from .set_places import Places
 from .set_space import SetSpace
@@ -96,6 +97,12 @@ class StoreSet:
         """See ``contract.Store.flush``: all own stores, at once."""
         self.check_usable()
         return all(side_by_side([functools.partial(store.flush, timeout) for store in self.own]))
+
+    def purge(self, tag: str | bytes, *, physical: bool = False, timeout: float | None = None) -> PurgeReport:
+        """See ``contract.Store.purge``: in all own stores, at once. Other processes' stores are theirs to purge; sums of what was done."""
+        self.check_usable()
+        calls = [functools.partial(store.purge, tag, physical=physical, timeout=timeout) for store in self.own]
+        return sum_of_reports(side_by_side(calls))
 
     def stats(self) -> Mapping[str, Any]:
         """Sums over the own stores and all counters, and under ``stores`` what each store says of itself, in the order of the folders.

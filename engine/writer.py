@@ -30,6 +30,7 @@ from .index_entry import IndexEntry
 from .reinsertion import Reinsertion
 from .segment_writer import Assembly, Dropped, LogBatch, OpenSegment, Record, SealWrite, index_entry, staging_bytes
 from .stats import Counters
+from .turns import Turns
 
 SEGMENT_WAIT_S = 10.0
 """How long a batch waits for reclaim to free room before its blocks are refused."""
@@ -89,11 +90,17 @@ class Writer:
         self._open: OpenSegment | None = None
         self._taken: list[Entry] = []
         self._stopping = False
+        self.turns = Turns(buffer.changed)
+        """Calls that others make between two batches."""
         self.open_segment_id = -1
         self._thread = threading.Thread(target=self._run, name="kvlode-writer", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
+
+    def reconfigure(self, config: StoreConfig) -> None:
+        """Go on with other options. Any thread."""
+        self._config = config
 
     def stop(self, timeout_s: float | None) -> bool:
         """Write what is queued, seal the open segment, end the thread; False when it did not end in time."""
@@ -103,16 +110,32 @@ class Writer:
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
+    @property
+    def open_segment(self) -> OpenSegment | None:
+        """The segment that records are appended to. Only inside a call of ``turns``."""
+        return self._open
+
+    def seal_open(self) -> None:
+        """End the open segment now. Only inside a call of ``turns``."""
+        try:
+            self._seal_open_segment()
+        except Exception as error:
+            self._health.latch(error)
+            raise
+
     def _run(self) -> None:
         while True:
             entries = self._wait_for_work()
-            if not entries:
+            if self.turns:
+                self.turns.take()
+            elif not entries:
                 break
             self._taken = list(entries)
             try:
                 self._write(entries)
             except Exception as error:  # a device error or a defect: neither may leave the engine waiting for ever
                 self._fail(error)
+        self.turns.end()
         self._seal_open_segment()
 
     def _wait_for_work(self) -> list[Entry]:
@@ -122,12 +145,16 @@ class Writer:
             with buffer.lock:
                 if self._due():
                     return buffer.take(self._config.batch_bytes)
-                if self._stopping:
+                if self._stopping or self.turns:
                     return []
                 oldest_s = buffer.queue[0].queued_at_s if buffer.queue else None
             timeout_s = None if oldest_s is None else max(0.0, oldest_s + self._config.flush_after_s - time.monotonic())
             came = oldest_s is None
-            buffer.changed.wait_for(lambda came=came: self._stopping or self._due() or (came and bool(buffer.queue)), timeout_s)  # type: ignore[misc]
+            buffer.changed.wait_for(lambda came=came: self._waited_enough(came), timeout_s)  # type: ignore[misc]
+
+    def _waited_enough(self, came: bool) -> bool:
+        """``came``: the first change ends the waiting, for the clock starts with it."""
+        return self._stopping or bool(self.turns) or self._due() or (came and bool(self._buffer.queue))
 
     def _due(self) -> bool:
         buffer = self._buffer
@@ -316,12 +343,14 @@ class Writer:
                 entries.append((record.entry, index_entry(placed)))
         self.drive_rate.begin()
         write = segment.file.write(start, assembly.buffers)
-        write.add_done_callback(lambda done: self._written(done, staging))
+        began_s = time.perf_counter()
+        write.add_done_callback(lambda done: self._written(done, staging, began_s))
         dropped = [record for record in records if isinstance(record, Dropped)]
         batch = LogBatch(segment, write, entries, dropped, segment.position, sequence, starts_segment)
         self._hand_over(batch, len(records))
 
-    def _written(self, write: Future[int], staging: Any) -> None:
+    def _written(self, write: Future[int], staging: Any, began_s: float) -> None:
+        self._counters.latency.observe("segment_write", time.perf_counter() - began_s)
         self.drive_rate.end(0 if write.exception() is not None else write.result())
         self._staging.release(staging)
 

@@ -143,6 +143,28 @@ class SealBuilder:
         )
         self._heap += header.key
 
+    def holds(self, record_type: RecordType, tag: bytes, below_seq: int) -> bool:
+        """Whether a record of this type with this tag and a ``version_seq`` below ``below_seq`` was added."""
+        return bool(len(self._rows_of(record_type, tag, below_seq)))
+
+    def keys_of(self, record_type: RecordType, tag: bytes) -> list[tuple[bytes, int]]:
+        """Namespace digest and key, and ``version_seq``, of the records of this type with this tag."""
+        numbers = self._rows_of(record_type, tag, 1 << 64)
+        if not len(numbers):
+            return []
+        rows = np.frombuffer(bytes(self._rows), dtype=_ROW_DTYPE)
+        ends = np.cumsum(rows["key_length"], dtype=np.int64)
+        found = []
+        for number in numbers.tolist():
+            key = bytes(self._heap[ends[number] - int(rows["key_length"][number]) : ends[number]])
+            found.append((bytes(rows["namespace"][number]) + key, int(rows["version_seq"][number])))
+        return found
+
+    def _rows_of(self, record_type: RecordType, tag: bytes, below_seq: int) -> np.ndarray[Any, np.dtype[np.intp]]:
+        rows = np.frombuffer(bytes(self._rows), dtype=_ROW_DTYPE)
+        here = (rows["type"] == record_type) & (rows["tag"] == np.void(tag))
+        return np.flatnonzero(here if below_seq >= 1 << 64 else here & (rows["version_seq"] < np.uint64(below_seq)))
+
     def size_bytes(self, extra_key_bytes: int = 0) -> int:
         """Bytes of the whole seal (record page, table of contents, trailer) if one more record with that key length were added."""
         return 2 * PAGE_BYTES + round_up_pages(toc_bytes(self.count + 1, len(self._heap) + extra_key_bytes))

@@ -85,6 +85,7 @@ class SlotPool:
         self._lent: dict[int, int] = {}
         self._lent_bytes = 0
         self._free: list[ByteArray] = []
+        self._to_wipe: set[int] = set()
         self._locks: dict[int, PageLock] = {}
         self._waiters: collections.deque[_Waiter] = collections.deque()
         self._closed = False
@@ -123,7 +124,10 @@ class SlotPool:
     def release(self, slot: ByteArray) -> None:
         """Give an acquired array back. Nothing may use its memory any more; a view of it from its start is accepted too."""
         address = address_of(slot)
+        if address in self._to_wipe:
+            _owner(slot)[:] = 0
         with self._lock:
+            self._to_wipe.discard(address)
             size_bytes = self._lent.pop(address, 0)
             if not size_bytes:
                 raise ValueError("this array was not lent by this pool, or was given back before")
@@ -134,6 +138,13 @@ class SlotPool:
                 self._unlock(address)
             self._lent_bytes -= size_bytes
             self._grant()
+
+    def wipe(self) -> None:
+        """Overwrite what earlier uses have left in the memory: the free slots now, those that are lent when they are given back."""
+        with self._lock:
+            for array in self._free:
+                array[:] = 0
+            self._to_wipe |= self._lent.keys()
 
     def close(self) -> None:
         """Drop the free slots and wake whoever waits (``acquire`` then raises). Lent slots stay valid until their last view is gone."""

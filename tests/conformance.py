@@ -833,6 +833,51 @@ class StoreConformance:
         assert ("removed", b"a") in told[told.index(("stored", b"a")) :]
         assert not store.events(store.events(since).next).events
 
+    @pytest.mark.parametrize("physical", [False, True])
+    def test_a_purge_takes_every_block_of_its_tag_and_no_other(self, store: Store, space: BlockSpace, physical: bool) -> None:
+        other = store.namespace(descriptor("purged too"))
+        blocks = {key: block_bytes(key, 8, 5000 + 100 * i) for i, key in enumerate(KEYS)}
+        for i, (key, block) in enumerate(blocks.items()):
+            assert space.put(key, block, tag="tenant" if i % 2 else "another", meta=b"note")
+            assert other.put(key, block, tag=b"tenant")
+            if i == len(KEYS) // 2:
+                assert store.flush(WAIT_S)
+        assert space.put(b"untagged", blocks[KEYS[0]])
+        report = store.purge("tenant", physical=physical, timeout=WAIT_S)
+        assert report.complete and not report.reasons and report.physical is physical
+        assert report.blocks == len(KEYS) // 2 + len(KEYS)
+        assert (report.records_erased > 0, report.bytes_erased > 0) == (physical, physical)
+        assert other.contains(KEYS) == [False] * len(KEYS)
+        assert space.contains(KEYS) == [i % 2 == 0 for i in range(len(KEYS))]
+        for i, (key, block) in enumerate(blocks.items()):
+            if i % 2:
+                assert read(space, key, block.nbytes)[0] is Status.MISS
+            else:
+                assert_holds(space, key, block)
+        assert_holds(space, b"untagged", blocks[KEYS[0]])
+        assert settled(other, KEYS) == [Status.MISS] * len(KEYS)
+        again = store.purge(b"tenant", physical=physical, timeout=WAIT_S)
+        assert again.complete and (again.tag, again.blocks, again.records_erased, again.bytes_erased) == (report.tag, 0, 0, 0)
+        assert other.put(KEYS[0], blocks[KEYS[0]], tag="tenant") and store.flush(WAIT_S)
+        assert_holds(other, KEYS[0], blocks[KEYS[0]])
+
+    def test_what_was_purged_stays_away_after_a_reopening(self, store: Store, space: BlockSpace) -> None:
+        if not self.can_reopen:
+            pytest.skip("nothing outlives this store")
+        kept, gone = block_bytes(b"kept", 1, 9000), block_bytes(b"gone", 2, 9000)
+        assert space.put(b"kept", kept, tag="a") and space.put(b"gone", gone, tag="b") and store.flush(WAIT_S)
+        assert store.purge("b").blocks == 1
+        reopened = self.reopen(store).namespace(descriptor())
+        assert read(reopened, b"gone", 9000)[0] is Status.MISS
+        assert_holds(reopened, b"kept", kept)
+
+    def test_a_purge_needs_a_tag(self, store: Store) -> None:
+        for tag in (None, 7, object()):
+            with pytest.raises(InvalidKey, match="tag"):
+                store.purge(tag)  # type: ignore[arg-type]
+        report = store.purge("nobody", physical=True)
+        assert report.complete and report.blocks == report.records_erased == report.bytes_erased == 0
+
     def test_threads_on_shared_keys_see_whole_blocks_only(self, store: Store, space: BlockSpace) -> None:
         keys = [b"shared %d" % i for i in range(6)]
         size = 20_000

@@ -21,7 +21,7 @@ from rig import KIB, MIB, Rig, eventually, put_blocks, read
 
 SIZE = 30_000
 PAGE_BYTES = 4096
-OPTIONS: dict[str, Any] = {"capacity": 3 * MIB, "segment_bytes": 128 * KIB, "serve_clean": False, "reinsert_hits_min": 2}
+OPTIONS: dict[str, Any] = {"capacity": 3 * MIB, "segment_bytes": 128 * KIB, "serve_clean": False, "reinsert_hits_min": 2, "write_amplification_max": 2.0}
 FILLERS_MAX = 400
 """More than four times what fits into the store."""
 Keep = Literal["none", "all", "random"]
@@ -210,9 +210,9 @@ def test_a_copy_that_reaches_the_log_after_it_was_called_off_is_found(scene: Sce
         group.called_off = True
         return False
 
-    def retire_and_tell(segment_id: int, now_s: float) -> None:
+    def retire_and_tell(segment_id: int, now_s: float, **facts: bool) -> None:
         scene.assert_absent(b"k")
-        retire(segment_id, now_s)
+        retire(segment_id, now_s, **facts)
         given_up.set()
 
     monkeypatch.setattr(core.writer, "_write_records", write_when_given_up)

@@ -26,6 +26,9 @@ from .exit_codes import EXIT_DAMAGE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE
 from .fsck_cli import FsckCommand, fsck
 from .inspect.command import app as inspect_app
 from .paths import require_folder, require_new_place
+from .plan_cli import plan
+from .purge_cli import purge
+from .replay.command import replay
 from .scrub_cli import scrub
 
 _CommandLineError: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -45,6 +48,9 @@ app = typer.Typer(
 app.add_typer(inspect_app, name="inspect")
 app.command(cls=FsckCommand)(fsck)
 app.command()(scrub)
+app.command()(plan)
+app.command()(replay)
+app.command()(purge)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line.")]
 StorePath = Annotated[Path, typer.Argument(help="The store's folder.", show_default=False, readable=False)]
@@ -132,6 +138,44 @@ def gpu_check(
     from .gpu_check import run_gpu_check
 
     raise typer.Exit(run_gpu_check(path, json_path, _progress()))
+
+
+@app.command("serve-metrics")
+def serve_metrics(
+    path: StorePath,
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 for any free one.", min=0, max=65535)] = 9109,
+    address: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    once: Annotated[bool, typer.Option("--once", help="Print the metrics once and end.")] = False,
+) -> None:
+    """Prometheus metrics of a store that another process has open, from what that process publishes in the store's folder."""
+    from .metrics.serve import serve_metrics as run
+
+    raise typer.Exit(run(path, address=address, port=port, once=once))
+
+
+@app.command()
+def top(
+    path: StorePath,
+    once: Annotated[bool, typer.Option("--once", help="Print one frame and end.")] = False,
+    interval: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.2, max=3600)] = 2.0,
+    as_json: AsJson = False,
+) -> None:
+    """Live view of a store that another process has open: rates, hit ratio, tiers, segments, namespaces, decisions, alerts."""
+    from .top.command import run_top
+
+    raise typer.Exit(run_top(path, once=once, as_json=as_json, interval_s=interval))
+
+
+@app.command()
+def report(
+    path: StorePath,
+    html: Annotated[Path, typer.Option("--html", help="Write the page to this file.", show_default=False, readable=False)],
+    as_json: AsJson = False,
+) -> None:
+    """One page about a store, with pictures: use, ages, heat, latency, what more capacity would bring, alerts."""
+    from .report.command import run_report
+
+    raise typer.Exit(run_report(path, html, as_json=as_json))
 
 
 @app.command()

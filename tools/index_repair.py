@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from ..engine.catalog import Catalog
 from ..engine.config import SystemClock
+from ..engine.forward_clock import ForwardClock
 from ..engine.index import BATCH_ENTRIES_MAX, Index, IndexWriteError
 from ..engine.opening import load_superblock
 from ..engine.recovery import look_at_segments, recover
@@ -69,7 +70,7 @@ def rebuild_index(device: Device, path: str, fresh: Callable[[], Index]) -> tupl
     index = fresh()
     try:
         catalog = Catalog(index, counters)
-        recover(device, segments, catalog, superblock.store_uuid, live[:unsealed], SystemClock(), counters, rebuild=True)
+        recover(device, segments, catalog, superblock.store_uuid, live[:unsealed], ForwardClock(SystemClock()), counters, rebuild=True)
         if catalog.waiting_changes and not catalog.retry():
             raise IndexWriteError("the new index refused changes", where=path, actual=f"{catalog.waiting_changes} are not in it")
         index.sync()

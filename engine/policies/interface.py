@@ -6,7 +6,7 @@ one monotonic clock (in a replay that of the trace).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -56,7 +56,11 @@ class ReclaimPolicy(Protocol):
         ...
 
     def choose(self, candidates: Sequence[Candidate], segment_bytes: int) -> list[Candidate]:
-        """What to copy forward, in log order: all pinned blocks at least."""
+        """What to copy forward, in log order: all pinned blocks at least. Asked once for each victim, so it may learn from it."""
+        ...
+
+    def facts(self) -> Mapping[str, float]:
+        """What it goes by at the moment, for statistics; ``threshold`` among them where there is one. Any thread."""
         ...
 
 

@@ -1,41 +1,46 @@
-"""Which blocks of a segment that is being freed are copied forward: small policies behind one interface."""
+"""Oldest first, but what was used is copied forward: the default of a store."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+import math
+from collections.abc import Mapping, Sequence
 
+from ...format.errors import InvalidConfig
+from .fifo import SegmentFifo
 from .interface import Candidate
+from .write_allowance import WriteAllowance, closed_choice
 
-REINSERTED_SHARE_MAX = 0.25
-"""At most this share of a freed segment is written again, which bounds write amplification by 1 / (1 - 0.25) = 1.33."""
-
-
-class ReinsertionPolicy(Protocol):
-    def choose(self, candidates: Sequence[Candidate], segment_bytes: int) -> list[Candidate]:
-        """The candidates to copy forward, in log order."""
-        ...
+HITS_MIN = 2
+WRITE_AMPLIFICATION_MAX = 1.15
 
 
-class HitThreshold:
-    """Blocks with at least ``hits_min`` uses are kept; when that is too much the threshold rises for this segment.
+class Reinsertion(SegmentFifo):
+    """Blocks with at least ``hits_min`` uses since they were written last go forward, with their uses halved.
 
-    Raising the threshold drops whole levels of use and keeps prefix chains closed, because a hit on a block credits its
-    ancestors; cutting the list at a byte budget would tear chains and was measured to be no better than keeping nothing.
+    A use counts for all ancestors, so blocks with as many uses or more are whole chains from their heads on. Where the copies of a victim
+    would take write amplification over its maximum, the threshold is higher for that victim. Navy (CacheLib) calls it hits-based
+    reinsertion.
     """
 
-    def __init__(self, hits_min: int) -> None:
+    name = "reinsertion"
+
+    def __init__(self, hits_min: int = HITS_MIN, write_amplification_max: float = WRITE_AMPLIFICATION_MAX) -> None:
+        if hits_min < 1:
+            raise InvalidConfig(
+                "reinsertion with a threshold that everything reaches",
+                expected="hits_min >= 1",
+                actual=hits_min,
+                action="Take the policy 'fifo' where nothing is to be copied forward.",
+            )
         self._hits_min = hits_min
+        self._allowance = WriteAllowance(write_amplification_max)
+        self._threshold = float(hits_min)
 
     def choose(self, candidates: Sequence[Candidate], segment_bytes: int) -> list[Candidate]:
-        pinned = [candidate for candidate in candidates if candidate.pinned]
-        if self._hits_min == 0:
-            return pinned
-        budget_bytes = int(segment_bytes * REINSERTED_SHARE_MAX)
-        threshold = self._hits_min
-        while True:
-            kept = [c for c in candidates if c.pinned or c.hits >= threshold]
-            optional_bytes = sum(c.stored_bytes for c in kept if not c.pinned)
-            if optional_bytes <= budget_bytes:
-                return kept
-            threshold = min(c.hits for c in kept if not c.pinned and c.hits >= threshold) + 1
+        bytes_max = self._allowance.earn(segment_bytes)
+        kept, self._threshold = closed_choice(candidates, lambda candidate: candidate.hits, self._hits_min, bytes_max)
+        self._allowance.spend(sum(candidate.stored_bytes for candidate in kept))
+        return kept
+
+    def facts(self) -> Mapping[str, float]:
+        return {"threshold": float(math.ceil(self._threshold))}

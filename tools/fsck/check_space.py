@@ -13,6 +13,7 @@ from ...format.layout import (
     QUARANTINE_FOLDER,
     SCRUB_NAME,
     SEGMENTS_FOLDER,
+    STATS_FOLDER,
     SUPERBLOCK_NAME,
 )
 from ...gds.device import Device
@@ -34,6 +35,7 @@ _OWN_NAMES = {
     f"{SCRUB_NAME}.tmp",
     SEGMENTS_FOLDER,
     INDEX_FOLDER,
+    STATS_FOLDER,
     QUARANTINE_FOLDER,
 }
 _OWN_PREFIXES = (f"{INDEX_FOLDER}.damaged-", f"{INDEX_FOLDER}.rebuild")
@@ -77,8 +79,9 @@ def account(device: Device, path: str, names: Sequence[str], refs: Sequence[Segm
     indexes = [name for name in names if name == INDEX_FOLDER or name.startswith(_OWN_PREFIXES)]
     space["index"] = sum(folder_bytes(device, f"{path}/{name}") for name in indexes)
     space["quarantine"] = folder_bytes(device, f"{path}/{QUARANTINE_FOLDER}") if QUARANTINE_FOLDER in names else 0
-    folders = {SEGMENTS_FOLDER, QUARANTINE_FOLDER, *indexes}
+    folders = {SEGMENTS_FOLDER, QUARANTINE_FOLDER, STATS_FOLDER, *indexes}
     space["other"] = sum(size_bytes for name, size_bytes in _files(device, path) if name not in folders)
+    space["other"] += folder_bytes(device, f"{path}/{STATS_FOLDER}") if STATS_FOLDER in names else 0
     return space
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,6 +21,9 @@ from ...format.errors import DeviceError
 from ...format.layout import PAGE_BYTES, QUARANTINE_FOLDER
 from ...gds.buffers import aligned_array
 from ...gds.device import Device, DeviceFile
+
+decisions = logging.getLogger("kvlode.decisions")
+"""The engine's log of what is destroyed (``engine.decisions``), which this package does not import."""
 
 SAVED_BYTES_MAX = 64 << 20
 """Of one range that is replaced; the note says when a range was longer."""
@@ -117,6 +121,9 @@ class Quarantine:
             **facts,
         }
         write_new_file(self._device, f"{self._folder}/{target}.json", json.dumps(note, indent=1).encode() + b"\n")
+        place = {"from": relative_path, "to": f"{QUARANTINE_FOLDER}/{target}"}
+        decision = {"event": "quarantined", "reason": reason.text, "what": what, **place}
+        decisions.info("quarantined: %s (%s)", reason.text, relative_path, extra={"decision": decision, "store": self._folder})
         self._device.sync_folder(self._folder)
 
 
