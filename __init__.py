@@ -13,7 +13,7 @@ from typing import overload as _overload
 
 from .engine import contract
 from .engine.config import StoreConfig
-from .engine.contract import BlockInfo, BlockSpace, GetJob, LoadEstimate, PutJob, PutState, PutStatus, Refusal, Status, Store
+from .engine.contract import BlockInfo, BlockSpace, GetJob, LoadEstimate, PurgeReport, PutJob, PutState, PutStatus, Refusal, Status, Store
 from .engine.events import EventBatch, EventKind, StoreEvent
 from .engine.jobs import CompletionQueue
 from .engine.limits import Limits
@@ -110,7 +110,6 @@ __all__ = [
     "BlockInfo",
     "BlockSpace",
     "CompletionQueue",
-    "Limits",
     "CorruptRecord",
     "DeviceError",
     "DiskStore",
@@ -122,11 +121,13 @@ __all__ = [
     "InvalidConfig",
     "InvalidKey",
     "KvlodeError",
+    "Limits",
     "LoadEstimate",
     "MemoryStore",
     "Namespace",
     "NoSpace",
     "PathUnavailable",
+    "PurgeReport",
     "PutJob",
     "PutState",
     "PutStatus",

@@ -203,7 +203,9 @@ class Evictor:
 
     def _candidate(self, table: SealTable, row: int, ident: bytes, pinned: bool) -> Candidate:
         heat = self._heat
-        hits = 0 if self._beyond_quota(ident[:16]) else heat.count(heat.slot(ident[:16], key_digest(ident[16:])))
+        slot = heat.slot(ident[:16], key_digest(ident[16:]))
+        hits = 0 if self._beyond_quota(ident[:16]) else heat.count(slot)
+        now_s, written_at_s = self._clock.now_ns() / 1e9, int(table.written_at_ns[row]) / 1e9
         parent = bytes(table.parent[row])
         return Candidate(
             position=row,
@@ -212,7 +214,8 @@ class Evictor:
             hits=hits,
             pinned=pinned,
             depth=int(table.depth[row]),
-            age_s=max(0.0, (self._clock.now_ns() - int(table.written_at_ns[row])) / 1e9),
+            age_s=max(0.0, now_s - written_at_s),
+            idle_s=max(0.0, now_s - max(written_at_s, heat.used_at_s(slot))),
             parent_hits=heat.count(heat.slot(ident[:16], parent)) if parent != ZERO_DIGEST else 0,
         )
 

@@ -23,10 +23,10 @@ import xxhash
 from ..format.layout import PAGE_BYTES
 
 HEAT_MAGIC = b"\x89KVH\r\n\x1a\n"
-HEAT_VERSION = 1
-SLOTS_MIN, SLOTS_MAX = 1 << 16, 1 << 22
+HEAT_VERSION = 2
+SLOTS_MIN, SLOTS_MAX = 1 << 15, 1 << 22
 BUCKET_SLOTS = 8
-SLOT_BYTES = 9
+SLOT_BYTES = 13
 COUNT_MAX = 255
 ANCESTORS_MAX = 4096
 """Ancestors credited above one block; a chain is seldom longer, and a damaged one must not be walked for ever."""
@@ -62,7 +62,7 @@ class HeatTable:
 
     A block is named by its ``slot`` value, which follows from its digests alone; 0 stands for "no block". Blocks that
     were never linked or credited, or that had to make room for others, have no hits. ``area`` is the table's memory: tags,
-    parents, counts. One that cannot be written makes a table to look at.
+    parents, counts, seconds of the last use. One that cannot be written makes a table to look at.
     """
 
     def __init__(self, slot_count: int, area: Area | None = None) -> None:
@@ -79,10 +79,12 @@ class HeatTable:
         self._tags: npt.NDArray[np.uint32] = np.frombuffer(area, "<u4", count)
         self._parents: npt.NDArray[np.uint32] = np.frombuffer(area, "<u4", count, 4 * count)
         self._counts: npt.NDArray[np.uint8] = np.frombuffer(area, np.uint8, count, 8 * count)
+        self._used_at: npt.NDArray[np.uint32] = np.frombuffer(area, "<u4", count, 9 * count)
         # single items are read several times faster through a memoryview than through an array
         self._tag_items: memoryview[int] = memoryview(self._tags.data)
         self._parent_items: memoryview[int] = memoryview(self._parents.data)
         self._count_items: memoryview[int] = memoryview(self._counts.data)
+        self._used_items: memoryview[int] = memoryview(self._used_at.data)
 
     @classmethod
     def view(cls, path: str | os.PathLike[str], store_uuid: bytes) -> HeatTable | None:
@@ -120,6 +122,7 @@ class HeatTable:
         rows = np.flatnonzero((counted > known) & (other._tags == self._tags))
         sums = self._counts[rows].astype(np.uint16) + counted[rows] - known[rows]
         self._counts[rows] = np.minimum(sums, COUNT_MAX)
+        self._used_at[rows] = np.maximum(self._used_at[rows], other._used_at[rows])
 
     # --- places -----------------------------------------------------------------------------------------------------
 
@@ -153,6 +156,7 @@ class HeatTable:
             self._tag_items[index] = slot >> _TAG_SHIFT
             self._parent_items[index] = 0
             self._counts[index] = 0
+            self._used_at[index] = 0
         return index
 
     def _free_index(self, slot: int) -> int:
@@ -191,9 +195,12 @@ class HeatTable:
         if index:
             self._parent_items[index] = parent
             self._counts[index] = 0
+            self._used_at[index] = 0
 
-    def credit(self, slots: Sequence[int] | npt.NDArray[Any]) -> None:
+    def credit(self, slots: Sequence[int] | npt.NDArray[Any], now_s: int = 0) -> None:
         """Count one hit for each of the blocks and for each of their ancestors, each once however often it is reached.
+
+        ``now_s``: the store's time, UTC in seconds.
 
         Below 1 us a block for hundreds of them, ancestors included; 3 to 6 us for a few.
         """
@@ -208,23 +215,30 @@ class HeatTable:
                 parent = items[parent]
                 steps += 1
         seen.discard(0)
-        self._count_once(seen)
+        self._count_once(seen, now_s)
 
-    def _count_once(self, indices: set[int]) -> None:
+    def _count_once(self, indices: set[int], now_s: int) -> None:
         """One more for each, in the way that is quicker for so many."""
         if len(indices) <= ONE_BY_ONE_MAX:
             items = self._count_items
             for index in indices:
                 items[index] = min(items[index] + 1, COUNT_MAX)
+                self._used_items[index] = now_s
             return
         credited = np.fromiter(indices, dtype=np.int64, count=len(indices))
         counts = self._counts[credited]
         self._counts[credited] = counts + (counts < COUNT_MAX)
+        self._used_at[credited] = now_s
 
     def count(self, slot: int) -> int:
         """Hits since the block was linked, halved as often as it was; 255 stands for that many or more."""
         index = self._find(slot)
         return int(self._counts[index]) if index else 0
+
+    def used_at_s(self, slot: int) -> int:
+        """When the block or one of its descendants was used last, UTC in seconds; 0 when it was not since it was linked."""
+        index = self._find(slot)
+        return int(self._used_at[index]) if index else 0
 
     def halve(self, slot: int) -> None:
         """A block was copied forward: let its hits fade."""
@@ -237,6 +251,7 @@ class HeatTable:
         if index:
             self._tag_items[index] = self._parent_items[index] = 0
             self._counts[index] = 0
+            self._used_at[index] = 0
 
 
 # --- the file --------------------------------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ def quantile(buckets: Sequence[Sequence[Any]], share: float, bounds: Sequence[fl
                 return bounds[-1]
             place = bisect_left(bounds, end)
             start = bounds[place - 1] if place else 0.0
-            return float(start + (end - start) * (wanted - seen) / count)
+            return float(min(end, start + (end - start) * (wanted - seen) / count))
         seen += count
     return bounds[-1]
 

@@ -93,7 +93,8 @@ class MissRatioSampler:
         """Blocks were used, in this order. ``size_of`` gives the bytes of the block at a position, and is asked for few of them.
 
         A size that is smaller than one given before is taken for a part of the block. Without ``counted`` the blocks only become the most
-        recent ones (a host says that it uses them, and asks for nothing). 0.1 us for a block that is not sampled, 0.8 us for a call with one.
+        recent ones (a host says that it uses them, and asks for nothing). 0.1 us for a block that is not sampled, 0.8 us
+        for a call with one.
         """
         threshold, digest = self._threshold, xxhash.xxh3_64_intdigest
         sampled = [(number, at) for at, ident in enumerate(idents) if (number := digest(ident)) < threshold]

@@ -14,13 +14,20 @@ DAY_BUDGET_BYTES_MIN = 1 << 40
 """What a drive of a terabyte can take a day for years: a small store on it need not be told to write less."""
 
 
+_OPTIONS = {
+    "reinsertion": ("hits_min", "write_amplification_max"),
+    "s3-fifo": ("write_amplification_max",),
+    "prefix-aware": ("write_amplification_max",),
+}
+"""Which of the store's options a policy takes."""
+
+
 def reclaim_policy_of(config: StoreConfig) -> ReclaimPolicy:
     """A new policy object. Raises ``InvalidConfig`` for an unknown name or options that contradict each other."""
-    if config.reclaim_policy == "fifo" or config.reinsert_hits_min == 0:
+    if config.reinsert_hits_min == 0 and config.reclaim_policy == "reinsertion":
         return reclaim_policy("fifo")
-    if config.reclaim_policy == "segment-lru":
-        return reclaim_policy("segment-lru")
-    return reclaim_policy(config.reclaim_policy, hits_min=config.reinsert_hits_min, write_amplification_max=config.write_amplification_max)
+    given = {"hits_min": config.reinsert_hits_min, "write_amplification_max": config.write_amplification_max}
+    return reclaim_policy(config.reclaim_policy, **{name: given[name] for name in _OPTIONS.get(config.reclaim_policy, ())})
 
 
 def admission_policy_of(config: StoreConfig) -> AdmissionPolicy:

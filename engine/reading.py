@@ -58,7 +58,7 @@ def read_blocks(
     core.counters.add_for(namespace, {"get_blocks": len(keys), "misses": misses})
     absent = set(pending) - {request.position for request in requests}
     used = [p for p in range(len(keys)) if p not in absent]
-    core.heat.credit([core.slot(namespace + keys[p]) for p in used])
+    core.heat.credit([core.slot(namespace + keys[p]) for p in used], core.clock.now_ns() // 10**9)
     core.miss_ratio.use([namespace + keys[p] for p in used], lambda at: outs[used[at]].nbytes)
     if not requests:
         core.counters.latency.observe("get_buffer", time.perf_counter() - job.began_s)

@@ -323,9 +323,7 @@ class Keeper:
     def _remove_one(self) -> bool:
         """Remove the file of a freed segment; also while the index refuses changes, for the file may be the room that it waits for."""
         grace_s = self._config.reclaim_grace_s if self._followers_present() else 0.0
-        if time.monotonic() < self._next_removal_s and not (
-            self._writer_waits or self.starved or self._room_bytes() < self._needed_bytes()
-        ):
+        if time.monotonic() < self._next_removal_s and self._room_bytes() >= self._needed_bytes() + self._ahead_bytes():
             return False  # nobody needs the room now: a drive that discards a gigabyte answers nobody meanwhile
         segment_id = self._segments.claim_removable(self._clock.monotonic_s(), grace_s)
         if segment_id is None:

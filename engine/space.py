@@ -285,7 +285,7 @@ class Space:
     def touch(self, keys: Sequence[bytes]) -> None:
         self._core.check_usable()
         if keys:
-            self._core.heat.credit([self._core.slot(self.digest + key) for key in keys])
+            self._core.heat.credit([self._core.slot(self.digest + key) for key in keys], self._core.clock.now_ns() // 10**9)
             self._core.miss_ratio.use([self.digest + key for key in keys], lambda _: 0, counted=False)
 
     @contextlib.contextmanager

@@ -116,7 +116,7 @@ def _miss_ratio(core: Core, counters: dict[str, int]) -> dict[str, Any]:
 
 
 def _namespaces(core: Core) -> dict[str, dict[str, Any]]:
-    """By digest in hex: what each takes of the log, exact once the segments that were there at opening are counted; and its own counters."""
+    """By digest in hex: its counters, and its bytes in the log, exact once the segments that were there at opening are counted."""
     used, counted = core.usage.by_namespace(), core.counters.by_namespace()
     told: dict[str, dict[str, Any]] = {}
     for digest in sorted({*used, *counted}):

@@ -161,3 +161,20 @@ def test_one_by_one_and_all_at_once_blocks_and_their_ancestors_are_counted_alike
     counts = [[table.count(slot) for slot in slots] for table in tables]
     assert counts[0] == counts[1]
     assert counts[0][0] == COUNT_MAX
+
+
+@pytest.mark.parametrize("count", [1, 100])
+def test_the_last_use_is_that_of_the_block_or_of_a_descendant(count: int) -> None:
+    table = HeatTable(1 << 12)
+    parents = [table.slot(b"n" * 16, b"parent %9d" % number) for number in range(count)]
+    children = [table.slot(b"n" * 16, b"child  %9d" % number) for number in range(count)]
+    for parent, child in zip(parents, children, strict=True):
+        table.link(child, parent)
+    assert table.used_at_s(children[0]) == 0
+    table.credit(parents, 5)
+    table.credit(children, 7)
+    assert {table.used_at_s(slot) for slot in [*parents, *children]} == {7}
+    table.link(children[0], parents[0])
+    assert table.used_at_s(children[0]) == 0
+    table.clear(parents[0])
+    assert table.used_at_s(parents[0]) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -46,7 +47,7 @@ OTHER = kvlode.Namespace(model="another", revision="1", dtype="uint8", layout="x
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[kvlode.DiskStore]:
     """A store that has put, served, missed, deleted and reclaimed."""
-    with kvlode.open(tmp_path / "store", capacity="32MiB", buffer="4MiB", gds="off", serve_clean=False) as store:
+    with kvlode.open(tmp_path / "store", capacity="32MiB", buffer="4MiB", gds="off", serve_clean=False, put_timeout_s=60) as store:
         space, other = store.namespace(SPACE), store.namespace(OTHER)
         put_blocks(space, 0, 600, BLOCK_BYTES)
         put_blocks(other, 600, 610, BLOCK_BYTES)
@@ -110,15 +111,18 @@ def test_hits_of_the_buffer_and_of_the_drive_are_counted_apart_for_each_namespac
 
 
 def test_what_takes_time_is_timed(store: kvlode.DiskStore) -> None:
-    latency = store.stats()["latency"]
+    def settled() -> bool:  # commits and reclaim go on in the background, each timed and counted one after the other
+        stats = store.stats()
+        pairs = (("commit", "syncs"), ("reclaim_segment", "segments_retired"))
+        return all(stats["latency"][timed]["count"] == stats["counters"][counted] > 0 for timed, counted in pairs)
+
+    assert eventually(settled)
+    latency, counters = store.stats()["latency"], store.stats()["counters"]
     assert set(latency) == set(LATENCIES)
-    counters = store.stats()["counters"]
     assert latency["put"]["count"] == counters["put_blocks"]
     assert latency["get_drive"]["count"] == latency["get_drive_block"]["count"] == counters["disk_hits"]
     assert latency["get_buffer"]["count"] + latency["get_drive"]["count"] == 3
     assert latency["flush"]["count"] == 1
-    assert latency["commit"]["count"] == counters["syncs"]
-    assert latency["reclaim_segment"]["count"] == counters["segments_retired"] > 0
     assert latency["segment_write"]["count"] > 0
     for name, told in latency.items():
         assert 0 < told["p50"] <= told["p90"] <= told["p99"], name
@@ -168,8 +172,8 @@ def test_a_histogram_puts_each_value_below_its_bound_and_quantiles_into_the_righ
 def test_buckets_are_evenly_spaced_on_a_logarithmic_scale() -> None:
     assert log_bounds(1.0, 100.0, 2) == (1.0, 3.2, 10.0, 32.0, 100.0)
     assert LATENCY_BOUNDS_S[0] == 1e-6 and LATENCY_BOUNDS_S[-1] == 100.0
-    ratios = [after / before for before, after in zip(LATENCY_BOUNDS_S, LATENCY_BOUNDS_S[1:], strict=False)]
-    assert 1.7 < min(ratios) and max(ratios) < 1.86
+    ratios = [after / before for before, after in itertools.pairwise(LATENCY_BOUNDS_S)]
+    assert min(ratios) > 1.7 and max(ratios) < 1.86
     assert Histogram().snapshot() == {"count": 0, "sum": 0.0, "p50": None, "p90": None, "p99": None, "buckets": []}
 
 
@@ -177,8 +181,9 @@ def test_buckets_are_evenly_spaced_on_a_logarithmic_scale() -> None:
 
 
 def test_a_scrape_says_what_the_statistics_say(store: kvlode.DiskStore) -> None:
-    families = scrape_of(StoreCollector(store))
-    counters = store.stats()["counters"]
+    stats = store.stats()  # of one moment: reclaim goes on behind it
+    families = scrape_of(StoreCollector(lambda: stats))
+    counters = stats["counters"]
     other = {"namespace": OTHER.digest.hex()}
     assert total(families["kvlode_up"], store=store.path, role="writer") == 1
     assert total(families["kvlode_puts"]) == counters["put_blocks"]
@@ -188,7 +193,7 @@ def test_a_scrape_says_what_the_statistics_say(store: kvlode.DiskStore) -> None:
     assert total(families["kvlode_segments_freed"]) == counters["segments_retired"]
     assert total(families["kvlode_deleted"], **other) == 1
     assert total(families["kvlode_namespace_log_bytes"], model="another") > 0
-    assert total(families["kvlode_io_bytes"], direction="write") == sum(io["write_bytes"] for io in store.stats()["io"].values())
+    assert total(families["kvlode_io_bytes"], direction="write") == sum(io["write_bytes"] for io in stats["io"].values())
 
 
 def test_histograms_are_real_ones(store: kvlode.DiskStore) -> None:
@@ -237,9 +242,11 @@ def test_two_stores_of_one_process_share_a_registry(store: kvlode.DiskStore, tmp
 
 
 def test_a_store_set_is_told_store_by_store(tmp_path: Path) -> None:
-    with kvlode.open([tmp_path / "one", tmp_path / "two"], capacity="32MiB", buffer="4MiB", gds="off") as both:
-        families = scrape_of(StoreCollector(both))
-    assert {s.labels["store"] for s in families["kvlode_capacity_bytes"].samples} == {str(tmp_path / "one"), str(tmp_path / "two")}
+    folders = [tmp_path / "one", tmp_path / "two", tmp_path / "not there"]
+    with kvlode.open(folders, own=2, capacity="32MiB", buffer="4MiB", gds="off") as stores:
+        families = scrape_of(StoreCollector(stores))
+    assert [s.value for s in families["kvlode_up"].samples] == [1, 1, 0]
+    assert {s.labels["store"] for s in families["kvlode_capacity_bytes"].samples} == {str(folder) for folder in folders[:2]}
 
 
 def test_a_closed_store_is_down_and_spoils_no_other_metric(tmp_path: Path) -> None:

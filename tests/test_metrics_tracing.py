@@ -42,7 +42,9 @@ def spans() -> Spans:
 
 @pytest.fixture(params=["disk", "memory"])
 def store(request: pytest.FixtureRequest, spans: Spans, tmp_path: object) -> Iterator[Store]:
-    inner: Store = MemoryStore("16MiB") if request.param == "memory" else kvlode.open(f"{tmp_path}/store", capacity="64MiB", buffer="8MiB", gds="off")
+    inner: Store = (
+        MemoryStore("16MiB") if request.param == "memory" else kvlode.open(f"{tmp_path}/store", capacity="64MiB", buffer="8MiB", gds="off")
+    )
     with traced(inner, spans.provider) as store:
         yield store
 

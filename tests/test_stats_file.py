@@ -140,7 +140,9 @@ def test_a_process_of_elsewhere_is_judged_by_age(field: str, tmp_path: Path) -> 
     assert [(p.alive, p.running) for p in read_stats(tmp_path)] == [(None, False)]
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"null", b'{"version":1}', b"\xff\xfe", b'{"version":99,"process":{},"stats":{}}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"{}", b"null", b'{"version":1}', b"\xff\xfe", b'{"version":99,"process":{},"stats":{}}']
+)
 def test_a_file_that_holds_no_statistics_is_left_out(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "stats").mkdir()
     (tmp_path / "stats" / "writer.json").write_bytes(content)

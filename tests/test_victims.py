@@ -90,7 +90,7 @@ def test_a_crash_in_any_order_of_freeing_leaves_right_blocks(rig: Rig, policy: S
     right = [block_bytes(b"filler %d" % n, 4 * n, BLOCK_BYTES) for n in range(300)]
     assert {status for status, _ in answers} == {Status.HIT, Status.MISS}
     assert all(bytes(out) == bytes(wanted) for (status, out), wanted in zip(answers, right, strict=True) if status is Status.HIT)
-    assert sum(status is Status.HIT for status, _ in answers) > 100
+    assert sum(status is Status.HIT for status, _ in answers) > 80
     put_blocks(space, 300, 400, BLOCK_BYTES)
     assert rig.store.flush(WAIT_S)
     rig.assert_within_capacity()
@@ -103,7 +103,8 @@ def test_the_segment_that_was_used_last_is_known(rig: Rig, policy: Second) -> No
     rig.clock.advance(5.0)
     used = rig.segment_of(space, b"filler 50")
     assert read(space, b"filler 50", BLOCK_BYTES)[0] is Status.HIT
+    before = len(policy.asked)
     put_blocks(space, 100, 300, BLOCK_BYTES)
     assert rig.store.flush(WAIT_S)
-    facts = {f.segment_id: f for f in policy.asked[0]}
+    facts = {f.segment_id: f for f in policy.asked[before]}
     assert used is not None and facts[used].last_used_s == max(f.last_used_s for f in facts.values()) > 0

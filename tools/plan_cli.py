@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,7 +16,7 @@ class PlanCodec(StrEnum):
     planes = "planes+zstd"
 
 
-def _option(text: str, metavar: str | None = None) -> object:
+def _option(text: str, metavar: str | None = None) -> Any:
     return typer.Option(help=text, metavar=metavar, show_default=False)
 
 

@@ -17,7 +17,7 @@ class PrefixAware(SegmentFifo):
     """A block goes forward when it was used since it was written last, and lately: within the last ``recent_share`` of its life.
 
     Time since the last use tells more of a block's future than how often it was used: in a trace of chat, blocks that were used in the
-    youngest quarter of the log come back four to seventeen times as often as those of the oldest quarter, whatever their count. It is
+    youngest quarter of the log come back four to seventeen times as often as those of the oldest quarter. It is
     compared with the age, not with a number of seconds, so it needs no tuning to a size or a rate; and a block that is long in use may
     rest longer. A use counts for all ancestors, which are as old or older, so whole chains go forward, from their heads on. Where this
     would take write amplification over its maximum, the most recently used chains are preferred.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from ...format.errors import InvalidConfig
 from .admission import AlwaysAdmit, SecondSighting, WriteBudget
@@ -13,6 +13,8 @@ from .interface import AdmissionPolicy, ReclaimPolicy
 from .prefix_aware import PrefixAware
 from .reinsertion import HITS_MIN, Reinsertion
 from .s3_fifo import SegmentS3Fifo
+
+_Policy = TypeVar("_Policy")
 
 RECLAIM_POLICIES: Mapping[str, Callable[..., ReclaimPolicy]] = {
     policy.name: policy for policy in (SegmentFifo, Reinsertion, PrefixAware, SegmentLru, SegmentS3Fifo)
@@ -42,11 +44,11 @@ def daily_budget(capacity_bytes: int) -> AdmissionPolicy:
     return WriteBudget(capacity_bytes)
 
 
-def _made(kind: str, policies: Mapping[str, Callable[..., Any]], name: str, options: Mapping[str, Any]) -> Any:
+def _made(kind: str, policies: Mapping[str, Callable[..., _Policy]], name: str, options: Mapping[str, Any]) -> _Policy:
     make = policies.get(name)
     if make is None:
         raise InvalidConfig(f"unknown {kind}", expected=" or ".join(sorted(policies)), actual=repr(name))
-    known = {} if make.__init__ is object.__init__ else inspect.signature(make).parameters  # type: ignore[misc]
+    known = inspect.signature(make).parameters
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise InvalidConfig(

@@ -9,7 +9,8 @@ from ...format.errors import InvalidConfig
 from .interface import Candidate
 
 SAVED_SEGMENTS = 64
-"""Unused allowance is kept for so many victims: use comes in waves, and a smaller reserve cuts their crests and keeps less for as many writes."""
+"""Unused allowance is kept for so many victims. Use comes in waves: with a smaller reserve their crests are cut, and fewer blocks that
+will be used again are kept for as many writes."""
 
 
 class WriteAllowance:

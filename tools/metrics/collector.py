@@ -59,7 +59,7 @@ class StoreCollector(Collector):
             logger.info("a store tells no statistics: %s", error)
             return _families([_Source(labels, False, 0.0, {}) for labels in self._labels])
         told: Sequence[Stats] = stats.get("stores") or [stats]
-        sources = [_Source(_labels(each, os.getpid()), not each.get("lost"), 0.0, each) for each in told]
+        sources = [_Source(_labels(each, os.getpid()), not each.get("lost"), 0.0, {} if each.get("lost") else each) for each in told]
         self._labels = [source.labels for source in sources]
         return _families(sources)
 
@@ -84,7 +84,7 @@ class PublishedCollector(Collector):
 
 
 def _labels(stats: Stats, pid: int, path: str | None = None) -> tuple[str, str, str]:
-    role = str(stats.get("role", ""))
+    role = str(stats.get("role", "follower"))  # a store of a set that is lost has none
     return path or str(stats.get("path", "")), role, "" if role != "follower" else str(pid)
 
 
@@ -125,7 +125,7 @@ def _read(described: Described, stats: Stats) -> Iterable[Sample]:
 
 def _cumulative(buckets: Sequence[Sequence[Any]], bounds: Sequence[float]) -> list[tuple[str, float]]:
     """Prometheus' buckets: how many observations were at most each bound."""
-    counts = {end: count for end, count in buckets}
+    counts: dict[Any, int] = {bucket[0]: bucket[1] for bucket in buckets}
     total, told = 0, []
     for end in (*bounds, None):
         total += counts.get(end, 0)

@@ -124,8 +124,10 @@ def simulate(
     """Play a trace. The same trace and new policy objects give the same outcome, but for ``events_per_s``.
 
     ``capacity_blocks``: of the log, 0 for no store at all. ``restart_at``: seconds of the trace; the tiers are emptied then, and the
-    store too unless ``store_survives``. ``block_tokens``: of a full block (hit tokens are in proportion to hit blocks where it is not known);
-    ``block_bytes``: what policies are told of the size of a block. ``progress`` is told the requests that are done, every few hundred.
+    store too unless ``store_survives``. ``block_tokens``: of a full block; where it is not known, hit tokens are in proportion to hit
+    blocks. ``block_bytes``: what policies are told of the size of a block. ``progress`` is told the requests that are done, every
+    few hundred.
+
     Memory is proportional to the unique blocks. Raises ``InvalidConfig`` for sizes that cannot be used.
     """
     if capacity_blocks < 0 or 0 < capacity_blocks < segments or segments < SEGMENTS_MIN:

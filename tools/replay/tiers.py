@@ -67,13 +67,14 @@ class Tiers:
     def use(self, blocks: Sequence[int]) -> None:
         """A request has worked with these blocks, wherever they came from."""
         for block in reversed(blocks):
-            moving: int | None = block
             for level in self.levels[1:]:
                 level.discard(block)
+            moving = block
             for level in self.levels:
-                moving = level.take(moving)
-                if moving is None:
+                pushed_out = level.take(moving)
+                if pushed_out is None:
                     break
+                moving = pushed_out
 
     def clear(self) -> None:
         """A restart."""

@@ -104,4 +104,5 @@ def _knee_text(curve: MissRatioCurve, knee_bytes: int | None, capacity_bytes: in
     if knee_bytes is None:
         return f"The curve has no knee: it falls up to its end at {bytes_text(curve.capacity_bytes[-1])}."
     place = "below" if knee_bytes < capacity_bytes else "above"
-    return f"The knee is at {bytes_text(knee_bytes)}, {place} the capacity: from there a doubling reads less than {_of_100(KNEE_GAIN)} blocks more."
+    gain = f"from there a doubling reads less than {_of_100(KNEE_GAIN)} blocks more"
+    return f"The knee is at {bytes_text(knee_bytes)}, {place} the capacity: {gain}."

@@ -100,7 +100,7 @@ def latency_chart(name: str, latency: Mapping[str, Mapping[str, Any]], shown: Se
 
     def draw(axes: Any) -> None:
         for operation, colour in zip(shown, (GREEN, BLUE, AMBER, RED), strict=False):
-            buckets, total, sums, ends = latency[operation]["buckets"], latency[operation]["count"], [0.0], []
+            buckets, total, sums, ends = latency[operation]["buckets"], latency[operation]["count"], [0.0], list[float]()
             for end, count in buckets:
                 ends.append(1000 * (end if end is not None else 2 * (ends[-1] / 1000 if ends else 1.0)))
                 sums.append(sums[-1] + 100 * count / total)

@@ -47,7 +47,9 @@ def page(report: Report) -> str:
     ]
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>kvlode: {_text(view.path)}</title><style>{STYLE}</style></head>\n<body><main>" + "\n".join(parts) + "</main></body></html>\n"
+        f"<title>kvlode: {_text(view.path)}</title><style>{STYLE}</style></head>\n<body><main>"
+        + "\n".join(parts)
+        + "</main></body></html>\n"
     )
 
 
@@ -112,8 +114,8 @@ def _capacity(report: Report) -> str:
     if curve is None or len(curve.capacity_bytes) < 2:
         return _card(words)
     chart = curve_chart("curve", curve, view.capacity_bytes, advice.knee_bytes)
-    of = "all blocks" if curve.sampled_share == 1 else f"one block in {1 / curve.sampled_share:,.0f}"
-    foot = f"From {curve.uses:,} uses since opening, of which {curve.sampled_uses:,} were followed ({of}); for a cache that gives up the least recently used."
+    of = "all blocks" if curve.sampled_share == 1 else f"{100 * curve.sampled_share:.3g}% of the blocks"
+    foot = f"From {curve.uses:,} uses since opening, of which {curve.sampled_uses:,} were followed ({of}); for a least recently used cache."
     return _card(f'{words}{chart}<p class="plain">{_text(foot)}</p>')
 
 
@@ -153,11 +155,21 @@ def _segments(view: TopView) -> str:
     largest = max(1, *(segment.size_bytes for segment in view.segments), 1)
     rows = [_segment(segment, largest) for segment in reversed(view.segments)]
     legend = "".join(
-        f'<span><i class="{use}"></i>{use} {bytes_text(view.use_bytes[use])}, {_EXPLAINED[use]}</span>' for use in USES if view.use_bytes[use]
+        f'<span><i class="{use}"></i>{use} {bytes_text(view.use_bytes[use])}, {_EXPLAINED[use]}</span>'
+        for use in USES
+        if view.use_bytes[use]
     )
     left_out = view.segments_total - len(view.segments)
     more = f'<p class="plain">{left_out:,} older segments are left out.</p>' if left_out > 0 else ""
-    heads = [("segment", False), ("state", False), ("newest first", False), ("size", True), ("live", True), ("blocks", True), ("hits", True)]
+    heads = [
+        ("segment", False),
+        ("state", False),
+        ("newest first", False),
+        ("size", True),
+        ("live", True),
+        ("blocks", True),
+        ("hits", True),
+    ]
     return _table(heads, rows) + f'<div class="legend">{legend}</div>{more}'
 
 
@@ -173,7 +185,9 @@ def _segment(segment: SegmentRow, largest: int) -> str:
     cells = "".join(f'<td class="n">{number}</td>' for number in numbers)
     label = f"segment {_text(segment.segment_id)}"
     picture = f'<svg {box} role="img" aria-label="{label}">{"".join(rects)}</svg>'
-    return f'<tr><td><code>{_text(segment.segment_id)}</code></td><td>{_text(segment.state)}</td><td class="wide">{picture}</td>{cells}</tr>'
+    return (
+        f'<tr><td><code>{_text(segment.segment_id)}</code></td><td>{_text(segment.state)}</td><td class="wide">{picture}</td>{cells}</tr>'
+    )
 
 
 def _histograms(report: Report) -> str:

@@ -17,7 +17,8 @@ h3 { font-size: 14px; font-weight: 600; margin: 0 0 6px }
 .tile, .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px }
 .tile { padding: 12px 16px } .tile b { display: block; font-size: 22px; font-weight: 600; line-height: 1.3 }
 .tile span { color: var(--muted); font-size: 13px }
-.card { padding: 16px 18px; overflow-x: auto } .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 10px }
+.card { padding: 16px 18px; overflow-x: auto } 
+.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 10px }
 .card > svg { width: 100%; height: auto }
 ul.alerts { list-style: none; margin: 0 0 16px; padding: 0 } ul.alerts li { background: var(--card); border: 1px solid var(--line);
   border-left: 5px solid var(--muted); border-radius: 8px; padding: 8px 14px; margin-bottom: 6px; overflow-wrap: anywhere }
@@ -30,7 +31,8 @@ th { text-align: left; color: var(--muted); font-weight: 500; border-bottom: 1px
 th, td { padding: 5px 14px 5px 0; white-space: nowrap; vertical-align: middle } td.n, th.n { text-align: right } td.wide { width: 45% }
 td.name { max-width: 320px; overflow: hidden; text-overflow: ellipsis } td.why { white-space: normal; overflow-wrap: anywhere }
 code { font: 12.5px ui-monospace, monospace } svg { display: block } .plain { color: var(--muted); margin: 0 }
-.meter { background: var(--free); border-radius: 4px; height: 12px; overflow: hidden; min-width: 120px } .meter i { display: block; height: 100%;
+.meter { background: var(--free); border-radius: 4px; height: 12px; overflow: hidden; min-width: 120px } 
+.meter i { display: block; height: 100%;
   background: var(--notes); border-radius: 4px }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 20px; margin-top: 12px; font-size: 13px; color: var(--muted) }
 .legend i { display: inline-block; width: 12px; height: 12px; border-radius: 3px; margin-right: 6px; vertical-align: -1px }

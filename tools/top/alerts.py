@@ -98,7 +98,9 @@ def _room(before: Sample | None, now: Sample) -> list[Alert]:
     capacity = int(stats.get("capacity_bytes") or 0)
     errors = added(before, now, "no_space_errors")
     if errors:
-        found.append(Alert("bad", f"the disk is full: it refused {count_text(errors, 'write')}; the store frees segments instead of growing"))
+        found.append(
+            Alert("bad", f"the disk is full: it refused {count_text(errors, 'write')}; the store frees segments instead of growing")
+        )
     elif now.free_bytes is not None and now.free_bytes < FREE_SHARE_MIN * capacity and stats.get("used_bytes", 0) < capacity:
         found.append(Alert("warning", f"the disk is nearly full: {bytes_text(now.free_bytes)} left, and the store may still grow"))
     writes = stats.get("writes") or {}

@@ -33,7 +33,7 @@ def draw(view: TopView, *, width: int, height: int, selected: int = 0, inside: s
     if row is not None:
         return Group(*parts, _inside(row), Text("esc: back   q: quit", style="dim"))
     beside: list[RenderableType] = [_throughput(view), _tiers(view)] if view.live else [_tiers(view)]
-    parts += [_columns(beside)] if width >= 100 else beside
+    parts += [_columns(beside)] if width >= 120 else beside
     if view.operations and height >= 36:
         parts.append(_operations(view, width))
     left = max(6, height - 24 - len(view.alerts) - (7 if view.operations and height >= 36 else 0))
@@ -122,9 +122,8 @@ def _tiers(view: TopView) -> Panel:
         table.add_column(ratio=1)
         table.add_column(no_wrap=True, justify="right")
         whole = tier.capacity_bytes or max(1, tier.used_bytes)
-        colour = "green" if tier.used_bytes < 0.97 * whole else "yellow"
         of = "" if tier.capacity_bytes is None else f" of {bytes_text(tier.capacity_bytes)}"
-        table.add_row(tier.name, Bar(whole, 0, min(whole, tier.used_bytes), color=colour), f"{bytes_text(tier.used_bytes)}{of}")
+        table.add_row(tier.name, Bar(whole, 0, min(whole, tier.used_bytes), color="green"), f"{bytes_text(tier.used_bytes)}{of}")
         parts += [table, Text(f"       {_tier_text(tier)}", style="dim", no_wrap=True, overflow="ellipsis")]
     return _panel(Group(*parts), "tiers")
 

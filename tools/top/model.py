@@ -108,7 +108,9 @@ class TopView:
 
     def facts(self) -> dict[str, Any]:
         """Plain values for ``--json``: everything but the map."""
-        values = {name: getattr(self, name) for name in self.__slots__ if name not in ("segments", "alerts", "tiers", "operations", "namespaces")}
+        values = {
+            name: getattr(self, name) for name in self.__slots__ if name not in ("segments", "alerts", "tiers", "operations", "namespaces")
+        }
         lists = {name: [asdict(item) for item in getattr(self, name)] for name in ("alerts", "tiers", "operations", "namespaces")}
         rows = [{name: getattr(row, name) for name in row.__slots__ if name != "cells"} for row in self.segments]
         return values | lists | {"segments": rows}
@@ -207,7 +209,9 @@ def _operations(stats: Mapping[str, Any]) -> list[Operation]:
 
     found = (stats.get("latency") or {}).items()
     return [
-        Operation(name, int(times["count"]), milliseconds(times["p50"]), milliseconds(times["p99"])) for name, times in found if times["count"]
+        Operation(name, int(times["count"]), milliseconds(times["p50"]), milliseconds(times["p99"]))
+        for name, times in found
+        if times["count"]
     ]
 
 
@@ -257,5 +261,9 @@ def _namespace(
         put_bytes_per_s=rate("put_bytes"),
         get_blocks_per_s=rate("get_blocks"),
         hit_ratio=min(1.0, hits / blocks) if blocks else None,
-        details={"descriptor": descriptor, "counters": dict(counts), "files": {name: value for name, value in file.items() if name != "descriptor"}},
+        details={
+            "descriptor": descriptor,
+            "counters": dict(counts),
+            "files": {name: value for name, value in file.items() if name != "descriptor"},
+        },
     )
