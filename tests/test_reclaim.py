@@ -21,7 +21,8 @@ from rig import KIB, MIB, Rig, eventually, put_blocks, read
 
 SIZE = 30_000
 PAGE_BYTES = 4096
-OPTIONS: dict[str, Any] = {"capacity": 3 * MIB, "segment_bytes": 128 * KIB, "serve_clean": False, "reinsert_hits_min": 2, "write_amplification_max": 2.0}
+OPTIONS: dict[str, Any] = {"capacity": 3 * MIB, "segment_bytes": 128 * KIB, "serve_clean": False}
+OPTIONS |= {"reinsert_hits_min": 2, "write_amplification_max": 2.0}
 FILLERS_MAX = 400
 """More than four times what fits into the store."""
 Keep = Literal["none", "all", "random"]
