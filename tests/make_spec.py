@@ -56,7 +56,11 @@ FILES = (
     ),
     (f"`{layout.INDEX_FOLDER}/`", "the index (RocksDB)", "derived; may be deleted while no process has the store open"),
     (f"`{layout.HEAT_NAME}`", "counters of hits, shared by the processes", "derived; may be deleted while no process has the store open"),
-    (f"`{layout.STATS_FOLDER}/`", "what the processes that have the store open say of it (JSON)", "derived; may be absent or deleted at any time"),
+    (
+        f"`{layout.STATS_FOLDER}/`",
+        "what the processes that have the store open say of it (JSON)",
+        "derived; may be absent or deleted at any time",
+    ),
     (f"`{layout.SCRUB_NAME}`", "when each segment was last checked in the background", "derived; may be absent or deleted at any time"),
     (
         f"`{layout.QUARANTINE_FOLDER}/`",

@@ -206,6 +206,8 @@ def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
 def test_segments_removed_under_an_open_store_are_misses(folder: Path) -> None:
     with open_store(folder) as store:
         space = store.namespace(descriptor())
+        assert store._core.usage.loaded.wait(30.0)
+        store._core.segments.close_files()  # what is open already would still be served
         for path in (folder / "segments").glob("*.seg"):
             path.unlink()
         out = np.zeros(DATA.size, np.uint8)

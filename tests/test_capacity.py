@@ -150,7 +150,7 @@ def test_the_capacity_that_an_error_names_does(rig: Rig) -> None:
     rig.close()
     rig.index = rig.index.reopen()
     with pytest.raises(InvalidConfig) as caught:
-        rig.open(capacity=MIB)
+        rig.open(capacity=MIB // 2)
     assert_complete(caught.value, "capacity")
     named = int(str(caught.value.expected).split("at least ")[1].split()[0])
     rig.open(capacity=named)
