@@ -13,7 +13,7 @@ from kvlode.engine.testing import ManualClock
 from model import block_bytes, descriptor
 from rig import KIB, MIB, Rig, eventually, put_blocks, read
 
-OPTIONS: dict[str, Any] = {"capacity": 4 * MIB, "segment_bytes": 128 * KIB, "codec": "raw", "buffer": 2 * MIB}
+OPTIONS: dict[str, Any] = {"capacity": 4 * MIB - 160 * KIB, "segment_bytes": 128 * KIB, "codec": "raw", "buffer": 2 * MIB}
 WAIT_S = 60.0
 
 

@@ -24,7 +24,7 @@ ROOMY: dict[str, Any] = {
     **{"io_threads": 2, "encode_threads": 1},  # starting a thread takes as long as reading a block, and each state starts them all
 }
 SMALL: dict[str, Any] = ROOMY | {"capacity": 2560 * KIB, "segment_bytes": 128 * KIB, "codec": "raw"}
-STATES_MIN = 2500
+STATES_MIN = 2400
 """Distinct states of each of the four runs."""
 THOROUGH_EVERY = 40
 """One state in so many is checked to its last byte, before it is opened and afterwards, and written to."""

@@ -103,8 +103,8 @@ def test_a_chain_is_never_cut_short(name: str, steps: list[tuple[int, float, flo
     hits, idle_s, age_s, chain = 0, 0.0, 0.0, []
     for more_hits, more_idle_s, more_age_s in steps:  # from the tail to the head
         hits, age_s = hits + more_hits, age_s + more_age_s
-        idle_s = more_idle_s if not chain else min(idle_s, more_idle_s)
-        chain.append((hits, min(idle_s, age_s), age_s))
+        idle_s = min(more_idle_s if not chain else min(idle_s, more_idle_s), age_s)
+        chain.append((hits, idle_s, age_s))
     candidates = [block(n, h, idle_s=i, age_s=a) for n, (h, i, a) in enumerate(reversed(chain))]
     chosen = positions(reclaim_policy(name).choose(candidates, SEGMENT_BYTES))
     assert chosen == list(range(len(chosen)))
