@@ -16,8 +16,12 @@ from .sizes import GIB as GIB
 from .sizes import KIB as KIB
 from .sizes import MIB as MIB
 from .sizes import parse_bytes as parse_bytes
+from .sizes import parse_sizes
 
 SEGMENT_BYTES_MIN = 64 * KIB
+TEXT_SIZES = ("min_free_disk_bytes", "write_budget_bytes_per_day")
+"""Options beside ``capacity`` and ``buffer`` that may be given as text."""
+
 SEGMENTS_MIN = 16
 """A store holds at least this many segments, so that freeing one costs little of the cache."""
 
@@ -156,9 +160,7 @@ class StoreConfig:
             options["capacity_bytes"] = parse_bytes(capacity, "capacity")
         if buffer is not None:
             options["buffer_bytes"] = parse_bytes(buffer, "buffer")
-        for name in ("min_free_disk_bytes", "write_budget_bytes_per_day"):
-            if isinstance(options.get(name), str):
-                options[name] = parse_bytes(options[name], name)  # type: ignore[arg-type]
+        parse_sizes(options, TEXT_SIZES)
         return cls(**options)  # type: ignore[arg-type]
 
     @property

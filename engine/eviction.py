@@ -87,8 +87,7 @@ class Evictor:
         if table is None:
             return self._drop(self._places_by_scan(victim.segment_id), opening)[0]
         self._learn_namespaces(victim, table)
-        rows = [i for i in range(len(table)) if table.type[i] == RecordType.BLOCK]
-        places = {i: (bytes(table.namespace[i]) + table.key(i), victim.segment_id, int(table.page[i]) * PAGE_BYTES) for i in rows}
+        places = _block_places(table, victim.segment_id)
         dropped = 0
         while places:  # again for the blocks that were pinned meanwhile
             pinned = {ident for ident, _, _ in places.values() if ident in self._pins}
@@ -104,8 +103,7 @@ class Evictor:
         table = self.table_of(segment)
         if table is None:
             return 0
-        rows = [i for i in range(len(table)) if table.type[i] == RecordType.BLOCK and bytes(table.namespace[i]) == namespace]
-        places = [(namespace + table.key(i), segment.segment_id, int(table.page[i]) * PAGE_BYTES) for i in rows]
+        places = [place for place in _block_places(table, segment.segment_id).values() if place[0][:16] == namespace]
         return self._drop(places, opening, considered=set())[0]
 
     def holds_no_deletes(self, segment: Segment) -> bool:
@@ -265,3 +263,9 @@ class Evictor:
             return entry is not None and (entry.segment_id, entry.offset) == (segment_id, offset)
 
         return still_wanted
+
+
+def _block_places(table: SealTable, segment_id: int) -> dict[int, Place]:
+    """Where the blocks of a segment lie, by row of its table of contents."""
+    rows = [i for i in range(len(table)) if table.type[i] == RecordType.BLOCK]
+    return {i: (bytes(table.namespace[i]) + table.key(i), segment_id, int(table.page[i]) * PAGE_BYTES) for i in rows}

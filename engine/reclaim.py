@@ -132,10 +132,6 @@ class Keeper:
         self.housekeeping.limits = config.limits
         self.poke()
 
-    def over_bytes(self) -> int:
-        """Bytes beyond the capacity that are still to be freed, after the capacity was lowered (or others have filled the drive)."""
-        return max(0, -self._room_bytes())
-
     def poke(self) -> None:
         """Something changed that may give or need room."""
         with self._lock:

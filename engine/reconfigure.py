@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..format.errors import InvalidConfig, StoreFailed
 from .capacity import Budget, budget_for
-from .config import StoreConfig
+from .config import TEXT_SIZES, StoreConfig
 from .policy_choice import admission_policy_of, reclaim_policy_of
-from .sizes import parse_bytes
+from .sizes import parse_bytes, parse_sizes
 
 if TYPE_CHECKING:
     from .core import Core
@@ -65,9 +65,7 @@ def _checked(config: StoreConfig, options: dict[str, Any]) -> StoreConfig:
     wanted = dict(options)
     if "capacity" in wanted:
         wanted["capacity_bytes"] = parse_bytes(wanted.pop("capacity"), "capacity")
-    for name in ("min_free_disk_bytes", "write_budget_bytes_per_day"):
-        if isinstance(wanted.get(name), str):
-            wanted[name] = parse_bytes(wanted[name], name)
+    parse_sizes(wanted, TEXT_SIZES)
     fixed = sorted(set(wanted) - CHANGEABLE)
     if fixed:
         raise InvalidConfig(

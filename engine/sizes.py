@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from fractions import Fraction
+from typing import Any
 
 from ..format.errors import InvalidConfig
 
@@ -29,3 +31,10 @@ def parse_bytes(size: int | str, name: str = "size") -> int:
             actual=repr(size)[:_SHOWN_MAX],
         )
     return size_bytes
+
+
+def parse_sizes(options: dict[str, Any], names: Iterable[str]) -> None:
+    """Replace sizes that were given as text, among the options of these names, by bytes."""
+    for name in names:
+        if isinstance(options.get(name), str):
+            options[name] = parse_bytes(options[name], name)
